@@ -1,1 +1,24 @@
-//! placeholder
+//! The pure half of godwit: what both ends of a migration say and decide, and nothing that touches the world.
+//!
+//! There is no I/O here, no clock, no thread and no `unsafe`: time is an argument, bytes are slices, effects
+//! are returned as values for `godwit-engine` to execute.
+//!
+//! ```text
+//! request   godwit://host:port?mode=native&…    what a client asks for
+//! phase     where a migration stands            labels of logs, progress and failures
+//! worker    what a migration worker tells the shim, and is told by it
+//! report    what came of it, with the parts of the downtime
+//! failure   what went wrong, on which side, and where the container is now
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod failure;
+pub mod phase;
+pub mod report;
+pub mod request;
+pub mod worker;
+
+pub use failure::{Failure, Fate, Side};
+pub use phase::Phase;
+pub use report::Report;
+pub use request::{MigrationId, MigrationRequest, Mode};
