@@ -8,14 +8,22 @@
 //! phase     where a migration stands            labels of logs, progress and failures
 //! worker    what a migration worker tells the shim, and is told by it
 //! report    what came of it, with the parts of the downtime
+//! offer     the container and the hosts, as they are told to each other before anything moves
+//! wire      hello, frames and messages of the link
+//! rootfs    the writable layer as it travels
+//! fate      the target's record of what was decided, and its answer to the source's question
 //! failure   what went wrong, on which side, and where the container is now
 //! ```
 #![forbid(unsafe_code)]
 
 pub mod failure;
+pub mod fate;
+pub mod offer;
 pub mod phase;
 pub mod report;
 pub mod request;
+pub mod rootfs;
+pub mod wire;
 pub mod worker;
 
 pub use failure::{Failure, Fate, Side};

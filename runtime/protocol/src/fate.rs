@@ -1,0 +1,99 @@
+//! The target's record of one migration: what was decided, and how a question about it is answered.
+//!
+//! ```text
+//!             worker: COMMIT came          worker: the container runs
+//! Undecided ───────────────────► Committed ──────────────────────────► Resumed
+//!     │                              │
+//!     │ worker or agent gives up,    │ the worker could not resume, or is dead:
+//!     │ or the source asks           │ whoever finds that kills what was restored first
+//!     └──────────────► Aborted ◄─────┘
+//! ```
+//! `Aborted` and `Resumed` are final. The record outlives worker and agent (`godwit_engine::decision` keeps it in
+//! a file). The worker resumes the container only after it has won the step to `Committed`, so once `Aborted` is
+//! recorded no COMMIT that is still under way can start the container: the source may go on. And the source kills
+//! its own only when told of `Resumed`: a target that dies between the two steps has lost nothing.
+
+use serde::{Deserialize, Serialize};
+
+/// What the target has decided about a migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decision {
+    /// Nothing yet.
+    #[default]
+    Undecided,
+    /// The container will never run here by this migration.
+    Aborted,
+    /// The worker may let the container run and is about to.
+    Committed,
+    /// The container runs here.
+    Resumed,
+}
+
+/// The answer to the source's question.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FateAnswer {
+    /// The container does not and will not run on the target: the source may let it go on.
+    NotHere,
+    /// The worker is at it: ask again.
+    Pending,
+    /// The container runs on the target: the source may kill its own.
+    Here,
+}
+
+/// What a question does to the record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Asked {
+    /// What the record holds from now on; it must be written before the answer is sent.
+    pub decision: Decision,
+    /// The answer.
+    pub answer: FateAnswer,
+    /// Whether whatever was restored must be killed before the record is written.
+    pub kill_first: bool,
+}
+
+impl Decision {
+    /// Answers the source's question about the fate.
+    ///
+    /// A question about an undecided migration decides it: the source asks only after it has given up on its
+    /// link, so no answer but `NotHere` would ever become true without a race.
+    #[must_use]
+    pub const fn asked(self, worker_alive: bool) -> Asked {
+        let (decision, answer, kill_first) = match (self, worker_alive) {
+            (Self::Undecided | Self::Aborted, _) => (Self::Aborted, FateAnswer::NotHere, false),
+            (Self::Committed, true) => (Self::Committed, FateAnswer::Pending, false),
+            (Self::Committed, false) => (Self::Aborted, FateAnswer::NotHere, true),
+            (Self::Resumed, _) => (Self::Resumed, FateAnswer::Here, false),
+        };
+        Asked { decision, answer, kill_first }
+    }
+
+    /// Tells whether the record may go from this decision to `next`.
+    #[must_use]
+    pub const fn may_become(self, next: Self) -> bool {
+        matches!(
+            (self, next),
+            (Self::Undecided, Self::Aborted | Self::Committed)
+                | (Self::Committed, Self::Aborted | Self::Resumed)
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_been_answered_for_good_never_changes() {
+        for decision in [Decision::Undecided, Decision::Aborted, Decision::Committed, Decision::Resumed] {
+            for alive in [false, true] {
+                let asked = decision.asked(alive);
+                assert!(asked.decision == decision || decision.may_become(asked.decision));
+                if asked.answer != FateAnswer::Pending {
+                    assert_eq!(asked.decision.asked(!alive).answer, asked.answer);
+                }
+            }
+        }
+    }
+}
