@@ -1,0 +1,23 @@
+# Shared by the scripts in this directory: where things are. To be sourced.
+# shellcheck shell=bash
+
+set -euo pipefail
+
+# The source tree.
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# Everything that is fetched or built is here, outside the source tree.
+cache=${GODWIT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/godwit}
+export GODWIT_CACHE=$cache
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$cache/target}
+
+say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+
+die() {
+    say "$*"
+    exit 1
+}
+
+need_root() {
+    [[ $(id -u) == 0 ]] || die "needs root"
+}
