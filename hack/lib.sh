@@ -21,3 +21,11 @@ die() {
 need_root() {
     [[ $(id -u) == 0 ]] || die "needs root"
 }
+
+# Builds what the nodes of a demonstration or a benchmark run, and the chores themselves.
+build_release() {
+    say "building in release mode (into $CARGO_TARGET_DIR)"
+    cargo build --release --quiet --manifest-path "$top/Cargo.toml" \
+        -p godwit -p containerd-shim-godwit -p xtask --bins
+    export GODWIT_BIN=$CARGO_TARGET_DIR/release
+}

@@ -1,0 +1,70 @@
+//! Benchmarks: godwit against what a user would run instead, in turns, on the same bed or on equal ones.
+//!
+//! Absolute times on a shared machine say little, so contenders alternate within one run, every row is kept, and
+//! the summary holds ratios of medians with their spread.
+
+mod native;
+mod shim;
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use godwit_integration::Version;
+
+use crate::Result;
+use crate::figure::Figure;
+
+/// Measures one figure and writes NAME.json, NAME.csv and NAME.svg.
+#[derive(Debug, clap::Args)]
+#[command(group(clap::ArgGroup::new("length").required(true).args(["quick", "full"])))]
+pub(crate) struct Arguments {
+    /// The figure.
+    name: Name,
+    /// A few runs: minutes at most.
+    #[arg(long)]
+    quick: bool,
+    /// Enough runs for a spread to mean something.
+    #[arg(long)]
+    full: bool,
+    /// Where the files go.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// The containerd that both contenders run under.
+    #[arg(long, value_name = "VERSION", default_value = "1.7")]
+    containerd: Version,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Name {
+    /// `ctr run --rm` latency and resident memory of the shim, against containerd-shim-runc-v2 with runc.
+    Shim,
+    /// Downtime of a memhog by native migration, against checkpoint, export, copy, import and restore by ctr.
+    Native,
+}
+
+/// Measures the figure that was asked for.
+///
+/// # Errors
+/// If the bed, a contender or the writing of the figure fails; a figure is whole or not written.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    match arguments.name {
+        Name::Shim => shim::run(arguments),
+        Name::Native => native::run(arguments),
+    }
+}
+
+/// Notes the versions of everything that takes part.
+fn note_versions(figure: &mut Figure, version: Version) -> Result<()> {
+    let tools = godwit_integration::tools::containerd(version)?;
+    figure.note_version("containerd", &tools.join("containerd"));
+    figure.note_version("runc", "runc".as_ref());
+    let criu = godwit_integration::tools::cache().join("criu/sbin/criu");
+    figure.note_version("criu", if criu.exists() { &criu } else { "criu".as_ref() });
+    figure.note_version("godwit", &godwit_integration::tools::built()?.join("godwit"));
+    Ok(())
+}
+
+/// containerd's own shim, with runc.
+const RUNC: &str = "io.containerd.runc.v2";
+/// The shim under test.
+const GODWIT: &str = "io.containerd.godwit.v1";
