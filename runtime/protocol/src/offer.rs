@@ -190,7 +190,8 @@ pub struct Accept {
 
 /// Byte strings as hexadecimal text, twice their size instead of the four times of a JSON array.
 mod hex {
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
 
     pub(super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
         let digit = |nibble: u8| char::from_digit(u32::from(nibble), 16).unwrap_or('0');

@@ -8,10 +8,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    failure::Fate,
-    request::{MigrationId, Mode},
-};
+use crate::failure::Fate;
+use crate::request::{MigrationId, Mode};
 
 /// Nanoseconds since the worker started, by a monotonic clock. Time is an argument everywhere in this crate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]

@@ -4,7 +4,9 @@
 //! so the request is a URI. A key or value that is not known is refused by name: a typing mistake must never
 //! become a default.
 
-use std::{fmt, net::Ipv6Addr, str::FromStr};
+use std::fmt;
+use std::net::Ipv6Addr;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 

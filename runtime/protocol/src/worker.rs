@@ -9,12 +9,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    failure::Failure,
-    phase::Phase,
-    report::Report,
-    request::{MigrationId, Mode},
-};
+use crate::failure::Failure;
+use crate::phase::Phase;
+use crate::report::Report;
+use crate::request::{MigrationId, Mode};
 
 /// A line from a worker to its shim.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -15,21 +15,17 @@
 //! Rootfs and image frames may alternate; within a file they come in order. Content is borrowed from the frame,
 //! so a page is not copied between the receive buffer and the file it goes to.
 
-use super::{
-    WireError,
-    codec::{Reader, Writer},
-    payload::{
-        DIGEST_LEN_MAX, fate_code, pass_code, put_entry, put_json, put_manifest, shortened, take_data,
-        take_entry, take_fate, take_image_name, take_json, take_layer, take_manifest, take_migration,
-        take_pass, take_path, take_step,
-    },
+use super::WireError;
+use super::codec::{Reader, Writer};
+use super::payload::{
+    DIGEST_LEN_MAX, fate_code, pass_code, put_entry, put_json, put_manifest, shortened, take_data,
+    take_entry, take_fate, take_image_name, take_json, take_layer, take_manifest, take_migration, take_pass,
+    take_path, take_step,
 };
-use crate::{
-    fate::FateAnswer,
-    offer::{Accept, Offer},
-    request::MigrationId,
-    rootfs::{Entry, Layer, Pass},
-};
+use crate::fate::FateAnswer;
+use crate::offer::{Accept, Offer};
+use crate::request::MigrationId;
+use crate::rootfs::{Entry, Layer, Pass};
 
 /// Most content bytes in one data frame.
 pub const DATA_LEN_MAX: usize = 1 << 20;

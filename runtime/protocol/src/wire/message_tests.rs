@@ -1,12 +1,10 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::{
-    offer::{ContainerRecord, Needs, NodeFacts, Runtime, Stdio, TypedBytes},
-    request::Mode,
-    rootfs::{Meta, Node},
-    wire::FrameHeader,
-};
+use crate::offer::{ContainerRecord, Needs, NodeFacts, Runtime, Stdio, TypedBytes};
+use crate::request::Mode;
+use crate::rootfs::{Meta, Node};
+use crate::wire::FrameHeader;
 
 fn facts() -> NodeFacts {
     NodeFacts {

@@ -1,17 +1,13 @@
 //! The composite fields of payloads: each `put_` writes what the `take_` beside it accepts.
 
-use super::{
-    Kind, WireError,
-    codec::{Reader, Writer},
-    message::{DATA_LEN_MAX, DETAIL_LEN_MAX, IMAGE_NAME_LEN_MAX, IMAGES_MAX, Image, Step},
-};
-use crate::{
-    fate::FateAnswer,
-    request::MigrationId,
-    rootfs::{
-        Entry, Layer, Meta, NAME_LEN_MAX, Node, PATH_LEN_MAX, Pass, XATTR_VALUE_LEN_MAX, XATTRS_MAX,
-        check_path, xattr_may_travel,
-    },
+use super::codec::{Reader, Writer};
+use super::message::{DATA_LEN_MAX, DETAIL_LEN_MAX, IMAGE_NAME_LEN_MAX, IMAGES_MAX, Image, Step};
+use super::{Kind, WireError};
+use crate::fate::FateAnswer;
+use crate::request::MigrationId;
+use crate::rootfs::{
+    Entry, Layer, Meta, NAME_LEN_MAX, Node, PATH_LEN_MAX, Pass, XATTR_VALUE_LEN_MAX, XATTRS_MAX, check_path,
+    xattr_may_travel,
 };
 
 /// Longest digest of a blob in bytes.
