@@ -2,10 +2,14 @@
 //!
 //! ```text
 //! link       frames over TCP
+//! handover   a link from the agent to the target's worker
+//! decision   the target's record of what was decided, in a file
 //! ```
 //! Nothing here knows containerd: what comes from there is given as values.
 #![forbid(unsafe_code)]
 
+pub mod decision;
+pub mod handover;
 pub mod link;
 
 pub use link::{Link, LinkError};
