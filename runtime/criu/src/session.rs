@@ -1,0 +1,424 @@
+//! The process and the conversation with it.
+//!
+//! ```text
+//! start -> Idle --send--> Busy --next_message--> Notification --answer--> Busy
+//!                              \--next_message--> Response --finish--> (process reaped)
+//! drop in any state: socket closed, time to roll back, then the whole process group is killed and reaped
+//! ```
+//! CRIU reads its options and probes the kernel only after the request, which takes some 50 ms the first time.
+//! So a dump that must be quick is sent early and held at [`Script::PreDump`], where nothing of the tasks has
+//! been touched: what follows the answer is the dump alone.
+//!
+//! Closing the socket is how a dump is abandoned: CRIU takes the missing answer for a refusal and lets the
+//! tasks run. That is also what happens when this process is killed.
+//!
+//! No thread is used and every call blocks.
+
+use std::fs::File;
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use godwit_sys::spawn::SpawnExt;
+use godwit_sys::{SysError, fdpass, process};
+use protobuf::{EnumOrUnknown, Message as _, MessageField};
+
+use crate::failure::{CriuError, HookError, Phase, Result};
+use crate::log_tail::LogTail;
+use crate::notification::{Notification, Script};
+use crate::options::Options;
+use crate::program::{Program, Version};
+use crate::rpc::{Criu_features, Criu_req, Criu_req_type, Criu_resp};
+
+/// What a new CRIU process gets from us.
+#[derive(Debug, Default)]
+pub struct Setup {
+    fds: Vec<OwnedFd>,
+    stdin: Option<OwnedFd>,
+    directory: Option<PathBuf>,
+}
+
+impl Setup {
+    /// A process that inherits nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Lets CRIU inherit `fd`, under the number that is returned, for [`Options::inherit_fd`].
+    pub fn inherit_fd(&mut self, fd: OwnedFd) -> RawFd {
+        use std::os::fd::AsRawFd;
+        let number = fd.as_raw_fd();
+        self.fds.push(fd);
+        number
+    }
+
+    /// The terminal of a shell job; without it, CRIU's standard input is `/dev/null`.
+    pub fn stdin(&mut self, fd: OwnedFd) {
+        self.stdin = Some(fd);
+    }
+
+    /// Where CRIU leaves what it writes to no directory of its request (core dumps).
+    pub fn directory(&mut self, path: &Path) {
+        self.directory = Some(path.to_owned());
+    }
+}
+
+/// One thing to ask of CRIU.
+#[derive(Debug)]
+pub enum Request {
+    /// Dump a tree.
+    Dump(Options),
+    /// Dump a tree's memory and let it run on.
+    PreDump(Options),
+    /// Restore a tree.
+    Restore(Options),
+}
+
+/// What CRIU sent.
+#[derive(Debug)]
+pub enum Message {
+    /// A question, to be answered by [`Session::answer`].
+    Notification(Notification),
+    /// The successful end of the request.
+    Response(Response),
+}
+
+/// The successful end of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Response {
+    /// Host pid of the restored root.
+    pub pid: Option<i32>,
+}
+
+/// What the kernel and CRIU can do together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Features {
+    /// Soft-dirty tracking, which pre-dump needs.
+    pub memory_tracking: bool,
+    /// Restore with memory fetched on demand.
+    pub lazy_pages: bool,
+    /// Pre-dump that is safe against reused pids.
+    pub pidfd_store: bool,
+}
+
+/// A running CRIU.
+#[derive(Debug)]
+pub struct Session {
+    // Taken when the conversation is over; closing it tells CRIU so.
+    socket: Option<OwnedFd>,
+    pid: Option<i32>,
+    version: Version,
+    phase: Phase,
+    last: Option<String>,
+    log: Option<PathBuf>,
+    // CRIU opens them through /proc/PID/fd of this process.
+    directories: Vec<File>,
+}
+
+impl Session {
+    /// Starts CRIU in a process group of its own and asks for its version.
+    ///
+    /// # Errors
+    /// [`CriuError::Spawn`], [`CriuError::TooOld`], [`CriuError::Ended`].
+    pub fn start(program: &Program, setup: Setup) -> Result<Self> {
+        let socket = |source| CriuError::Socket { phase: Phase::Start, source };
+        let (ours, theirs) = fdpass::seqpacket_pair().map_err(socket)?;
+        let mut command = Command::new(program.path());
+        let number = command.inherit_fd(theirs);
+        command
+            .args(["swrk", &number.to_string()])
+            .stdin(setup.stdin.map_or_else(Stdio::null, Stdio::from))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0);
+        for fd in setup.fds {
+            command.inherit_fd(fd);
+        }
+        if let Some(directory) = setup.directory {
+            command.current_dir(directory);
+        }
+        let child =
+            command.spawn().map_err(|source| CriuError::Spawn { path: program.path().to_owned(), source })?;
+        // The command owns CRIU's end of the socket: while it lives here, CRIU's end would go unnoticed.
+        drop(command);
+        let mut session = Self::over(ours);
+        session.pid = i32::try_from(child.id()).ok();
+        session.ask_version()?;
+        if session.version < Version::MINIMUM {
+            return Err(CriuError::TooOld { path: program.path().to_owned(), version: session.version });
+        }
+        Ok(session)
+    }
+
+    /// A conversation over `socket` with something that is no child of ours, and whose version is not asked.
+    pub fn over(socket: OwnedFd) -> Self {
+        Self {
+            socket: Some(socket),
+            pid: None,
+            version: Version::MINIMUM,
+            phase: Phase::Start,
+            last: None,
+            log: None,
+            directories: Vec::new(),
+        }
+    }
+
+    /// Pid of the CRIU process.
+    pub fn pid(&self) -> Option<i32> {
+        self.pid
+    }
+
+    /// What CRIU says it is.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// Asks what can be done here; the session can be used on.
+    ///
+    /// # Errors
+    /// [`CriuError::Failed`] when CRIU cannot tell, and the errors of the socket.
+    pub fn features(&mut self) -> Result<Features> {
+        self.phase = Phase::Features;
+        let wanted = Criu_features {
+            mem_track: Some(true),
+            lazy_pages: Some(true),
+            pidfd_store: Some(true),
+            ..Default::default()
+        };
+        self.write(&Criu_req {
+            type_: kind(Criu_req_type::FEATURE_CHECK),
+            keep_open: Some(true),
+            features: MessageField::some(wanted),
+            ..Default::default()
+        })?;
+        let (answer, _) = self.read()?;
+        if !answer.success() {
+            return Err(self.failed(&answer));
+        }
+        let found = answer.features.unwrap_or_default();
+        Ok(Features {
+            memory_tracking: found.mem_track(),
+            lazy_pages: found.lazy_pages(),
+            pidfd_store: found.pidfd_store(),
+        })
+    }
+
+    /// Sends the request. A session serves one.
+    ///
+    /// # Errors
+    /// [`CriuError::Socket`].
+    pub fn send(&mut self, request: Request) -> Result<()> {
+        let (phase, request_kind, options) = match request {
+            Request::Dump(options) => (Phase::Dump, Criu_req_type::DUMP, options),
+            Request::PreDump(options) => (Phase::PreDump, Criu_req_type::SINGLE_PRE_DUMP, options),
+            Request::Restore(options) => (Phase::Restore, Criu_req_type::RESTORE, options),
+        };
+        let (opts, log, directories) = options.into_parts();
+        self.phase = phase;
+        self.log = Some(log);
+        self.directories.extend(directories);
+        log::debug!("criu {phase} request: {opts}");
+        self.write(&Criu_req {
+            type_: kind(request_kind),
+            opts: MessageField::some(opts),
+            ..Default::default()
+        })
+    }
+
+    /// Waits for CRIU's next message.
+    ///
+    /// # Errors
+    /// [`CriuError::Failed`] when CRIU reports failure, [`CriuError::Ended`] when it is gone. By then the tasks
+    /// of a failed dump run again and those of a failed restore are dead, but for [`Script::PreResume`].
+    pub fn next_message(&mut self) -> Result<Message> {
+        let (message, fd) = self.read()?;
+        if !message.success() {
+            return Err(self.failed(&message));
+        }
+        match message.type_() {
+            Criu_req_type::NOTIFY => {
+                let notify = message.notify.into_option().unwrap_or_default();
+                let script = Script::from_name(notify.script());
+                self.last = Some(script.name().to_owned());
+                log::debug!("criu {}: {}", self.phase, script.name());
+                Ok(Message::Notification(Notification { script, pid: notify.pid, fd }))
+            }
+            Criu_req_type::DUMP | Criu_req_type::SINGLE_PRE_DUMP | Criu_req_type::RESTORE => {
+                Ok(Message::Response(Response { pid: message.restore.pid }))
+            }
+            other => Err(CriuError::Protocol { phase: self.phase, detail: format!("{other:?}") }),
+        }
+    }
+
+    /// Lets CRIU go on after a notification, or makes it give up.
+    ///
+    /// # Errors
+    /// [`CriuError::Ended`], [`CriuError::Socket`].
+    pub fn answer(&mut self, accept: bool) -> Result<()> {
+        self.write(&Criu_req {
+            type_: kind(Criu_req_type::NOTIFY),
+            notify_success: Some(accept),
+            ..Default::default()
+        })
+    }
+
+    /// Carries a request that has been sent through to its end, asking `on_notification` at each point.
+    ///
+    /// # Errors
+    /// [`CriuError::Hook`] when the closure failed (CRIU was refused and has rolled back), otherwise as
+    /// [`Session::next_message`].
+    pub fn run(
+        &mut self,
+        mut on_notification: impl FnMut(Notification) -> std::result::Result<(), HookError>,
+    ) -> Result<Response> {
+        loop {
+            match self.next_message()? {
+                Message::Response(response) => return Ok(response),
+                Message::Notification(notification) => {
+                    let script = notification.script.name().to_owned();
+                    let Err(source) = on_notification(notification) else {
+                        self.answer(true)?;
+                        continue;
+                    };
+                    let failure = CriuError::Hook { phase: self.phase, script, source };
+                    // CRIU's answer to the refusal adds nothing to the cause, but its end has to be awaited:
+                    // only then have the tasks been released.
+                    if self.answer(false).is_ok() {
+                        while let Ok(Message::Notification(_)) = self.next_message() {
+                            if self.answer(false).is_err() {
+                                break;
+                            }
+                        }
+                    }
+                    return Err(failure);
+                }
+            }
+        }
+    }
+
+    /// Ends the session after a response and waits for the process.
+    ///
+    /// # Errors
+    /// [`CriuError::Ended`] when the process failed after all.
+    pub fn finish(mut self) -> Result<()> {
+        self.socket = None;
+        let Some(pid) = self.pid.take() else { return Ok(()) };
+        let reaped = process::reap(pid, FINISH_LIMIT);
+        match reaped.map_err(|source| CriuError::Socket { phase: self.phase, source })? {
+            Some(0) => Ok(()),
+            // Without a request, the closed socket is a failure to CRIU.
+            Some(_) if matches!(self.phase, Phase::Start | Phase::Features) => Ok(()),
+            Some(_) => Err(self.ended()),
+            None => {
+                // Only this process: after a restore its group may hold tasks that were restored into it.
+                log::warn!("criu {pid} does not end, killing it");
+                self.pid = Some(pid);
+                if let Ok(process) = godwit_sys::pidfd::PidFd::open(pid) {
+                    process.send_signal(SIGKILL).ok();
+                }
+                process::reap(pid, FINISH_LIMIT).ok();
+                self.pid = None;
+                Ok(())
+            }
+        }
+    }
+
+    fn ask_version(&mut self) -> Result<()> {
+        self.write(&Criu_req {
+            type_: kind(Criu_req_type::VERSION),
+            keep_open: Some(true),
+            ..Default::default()
+        })?;
+        let (answer, _) = self.read()?;
+        let Some(version) = answer.version.into_option() else {
+            return Err(CriuError::Protocol { phase: self.phase, detail: "no version".to_owned() });
+        };
+        let number = |field: i32| u32::try_from(field).unwrap_or(0);
+        self.version = Version {
+            major: number(version.major_number()),
+            minor: number(version.minor_number()),
+            sublevel: number(version.sublevel()),
+        };
+        Ok(())
+    }
+
+    fn write(&self, message: &Criu_req) -> Result<()> {
+        let phase = self.phase;
+        let bytes = message
+            .write_to_bytes()
+            .map_err(|error| CriuError::Protocol { phase, detail: error.to_string() })?;
+        let Some(socket) = &self.socket else { return Err(self.ended()) };
+        match fdpass::send(socket, &bytes, &[]) {
+            Ok(_) => Ok(()),
+            Err(SysError::Closed) => Err(self.ended()),
+            Err(source) => Err(CriuError::Socket { phase, source }),
+        }
+    }
+
+    fn read(&self) -> Result<(Criu_resp, Option<OwnedFd>)> {
+        let phase = self.phase;
+        let Some(socket) = &self.socket else { return Err(self.ended()) };
+        let mut buffer = vec![0; MESSAGE_BYTES_MAX];
+        match fdpass::receive(socket, &mut buffer) {
+            Ok(received) => {
+                let message = Criu_resp::parse_from_bytes(&buffer[..received.length_bytes])
+                    .map_err(|error| CriuError::Protocol { phase, detail: error.to_string() })?;
+                Ok((message, received.fds.into_iter().next()))
+            }
+            Err(SysError::Closed) => Err(self.ended()),
+            Err(source) => Err(CriuError::Socket { phase, source }),
+        }
+    }
+
+    fn failed(&self, message: &Criu_resp) -> CriuError {
+        CriuError::Failed {
+            phase: self.phase,
+            cr_errno: message.cr_errno(),
+            after: self.last.clone(),
+            log: self.log_tail(),
+        }
+    }
+
+    fn ended(&self) -> CriuError {
+        CriuError::Ended { phase: self.phase, after: self.last.clone(), log: self.log_tail() }
+    }
+
+    fn log_tail(&self) -> LogTail {
+        self.log.as_deref().map_or_else(LogTail::default, LogTail::read)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.socket = None;
+        let Some(pid) = self.pid.take() else { return };
+        let ended = matches!(process::reap(pid, ROLLBACK_LIMIT), Ok(Some(_)));
+        // Also when the leader has ended: helpers it forked (criu's cgroup daemon) may be left, and they
+        // ignore SIGTERM.
+        if let Err(error) = process::kill_group(pid) {
+            log::warn!("failed to kill what criu {pid} left behind: {error}");
+        }
+        if !ended {
+            log::warn!("criu {pid} did not roll back within {} s", ROLLBACK_LIMIT.as_secs());
+            process::reap(pid, FINISH_LIMIT).ok();
+        }
+    }
+}
+
+fn kind(request: Criu_req_type) -> Option<EnumOrUnknown<Criu_req_type>> {
+    Some(EnumOrUnknown::new(request))
+}
+
+/// CRIU's own limit for a message is 1 MiB on its side; its answers are a few hundred bytes.
+const MESSAGE_BYTES_MAX: usize = 64 * 1024;
+/// Time for CRIU to take its hands off the tasks once nobody talks to it any more.
+const ROLLBACK_LIMIT: Duration = Duration::from_secs(10);
+/// Time for CRIU to exit after its response.
+const FINISH_LIMIT: Duration = Duration::from_secs(10);
+const SIGKILL: i32 = 9;
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;
