@@ -1,8 +1,9 @@
 //! Where the programs that a bed runs are.
 //!
 //! Everything `hack/setup` fetches or builds is in one cache directory outside the source tree:
-//! `criu/sbin/criu`, `containerd/VERSION/bin/{containerd,ctr,containerd-shim-runc-v2}`, `images/` and the
-//! build directory `target/`.
+//! `criu/sbin/criu`, `containerd/VERSION/bin/{containerd,ctr,containerd-shim-runc-v2}`, `runc/bin/runc`,
+//! `images/` and the build directory `target/`. CRIU and runc are there only when the machine has none of its
+//! own that will do.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -59,16 +60,15 @@ pub fn containerd(version: Version) -> Result<PathBuf> {
 }
 
 /// Returns the search path for programs in a node: `first`, this build's binaries (by way of `links`, the
-/// bed's own directory), CRIU, the chosen containerd, and the machine's.
+/// bed's own directory), CRIU and runc, the chosen containerd, and the machine's.
 ///
 /// # Errors
 /// As [`containerd`].
 pub fn search_path(first: &[PathBuf], links: &Path, version: Version) -> Result<String> {
     let mut dirs: Vec<PathBuf> = first.to_vec();
     dirs.push(links.to_path_buf());
-    let criu = cache().join("criu/sbin");
-    if criu.join("criu").exists() {
-        dirs.push(criu);
+    for dir in ["criu/sbin", "runc/bin"] {
+        dirs.extend(Some(cache().join(dir)).filter(|dir| dir.exists()));
     }
     dirs.push(containerd(version)?);
     dirs.extend(SYSTEM.iter().map(PathBuf::from));
