@@ -9,16 +9,21 @@
 //! - [`fdpass`]: descriptors through unix sockets
 //! - [`freezer`]: freeze a cgroup, with a guard that thaws
 //! - [`mountns`], [`mount`]: private mount namespaces, mounts undone on drop
+//! - [`keyring`], [`signals`]: what a container's process must not inherit
+//! - [`terminal`]: window sizes
 //! - [`process`]: subreaper, groups, children
 
 pub mod error;
 pub mod fdpass;
 pub mod freezer;
+pub mod keyring;
 pub mod memfd;
 pub mod mount;
 pub mod mountns;
 pub mod pidfd;
 pub mod process;
+pub mod signals;
 pub mod spawn;
+pub mod terminal;
 
 pub use error::{Result, SysError};
