@@ -1,0 +1,65 @@
+//! The verbs, one file each. A verb is a struct of its arguments (its doc comment is its help) with a method
+//! `run`, which returns the exit code.
+
+pub(crate) mod create;
+pub(crate) mod delete;
+pub(crate) mod exec;
+pub(crate) mod kill;
+pub(crate) mod pause;
+pub(crate) mod ps;
+pub(crate) mod resume;
+pub(crate) mod start;
+pub(crate) mod state;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::ValueEnum;
+use godwit_container::Store;
+use serde::Serialize;
+
+use crate::cli::{Cli, Command};
+use crate::error::{CliError, Result};
+
+/// Runs the verb of a command line.
+pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
+    let globals = &cli.globals;
+    let store = Store::new(&globals.root);
+    match &cli.command {
+        Command::Create(verb) => verb.run(&store, globals),
+        Command::Start(verb) => verb.run(&store),
+        Command::State(verb) => verb.run(&store),
+        Command::Kill(verb) => verb.run(&store),
+        Command::Delete(verb) => verb.run(&store),
+        Command::Exec(verb) => verb.run(&store),
+        Command::Ps(verb) => verb.run(&store),
+        Command::Pause(verb) => verb.run(&store),
+        Command::Resume(verb) => verb.run(&store),
+    }
+}
+
+/// Output of verbs that list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// Columns with a heading
+    Table,
+    /// JSON
+    Json,
+}
+
+/// Prints one line of JSON.
+pub(crate) fn print_json(value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string(value).map_err(CliError::json("output"))?;
+    print_line(&text)
+}
+
+/// Prints JSON over several lines, indented by two.
+pub(crate) fn print_json_indented(value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(CliError::json("output"))?;
+    print_line(&text)
+}
+
+/// Prints a line; a closed stdout is an error, not a panic.
+pub(crate) fn print_line(text: &str) -> Result<()> {
+    writeln!(std::io::stdout(), "{text}").map_err(CliError::io("stdout"))
+}
