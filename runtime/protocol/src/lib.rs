@@ -12,6 +12,8 @@
 //! wire      hello, frames and messages of the link
 //! rootfs    the writable layer as it travels
 //! fate      the target's record of what was decided, and its answer to the source's question
+//! source    what the source does next          state machine, oracle table beside it
+//! target    what the target's worker does next
 //! failure   what went wrong, on which side, and where the container is now
 //! ```
 #![forbid(unsafe_code)]
@@ -23,6 +25,8 @@ pub mod phase;
 pub mod report;
 pub mod request;
 pub mod rootfs;
+pub mod source;
+pub mod target;
 pub mod wire;
 pub mod worker;
 

@@ -107,6 +107,9 @@ pub struct Image {
     pub target: Descriptor,
     /// Every blob that the source holds and the container's platform needs: manifests, configuration, layers.
     pub blobs: Vec<Blob>,
+    /// Digests of layers that the source has discarded after it unpacked them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub absent: Vec<String>,
 }
 
 /// A content descriptor.

@@ -1,0 +1,410 @@
+//! The source's half of a migration as a state machine: what to do next, and never how.
+//!
+//! ```text
+//! Connecting --LinkUp--> Negotiating
+//! Negotiating --Accepted--> Preparing
+//! Preparing --Ready--> CopyingRootfs
+//! CopyingRootfs --RootfsSent--> AwaitingRootfs
+//! AwaitingRootfs --RootfsApplied--> Freezing
+//! Freezing --Froze--> Dumping
+//! Dumping --Dumped--> Transferring
+//! Transferring --StateSent--> AwaitingReceipt
+//! AwaitingReceipt --Received--> Restoring
+//! Restoring --Restored--> Committing
+//! Committing --Resumed--> Killing
+//! Committing --Aborted--> RollingBack
+//! Committing --LinkLost--> Asking
+//! Committing --Failed--> Asking
+//! Committing --Deadline--> Asking
+//! Asking --Here--> Killing
+//! Asking --NotHere--> RollingBack
+//! Asking --Pending--> Asking
+//! Asking --AskFailed--> Asking
+//! Asking --Deadline--> Done
+//! Killing --Killed--> AwaitingRelease
+//! AwaitingRelease --Release--> CleaningUp
+//! AwaitingRelease --Deadline--> CleaningUp
+//! CleaningUp --CleanedUp--> Done
+//! RollingBack --RolledBack--> Done
+//! RollingBack --RollbackFailed--> Done
+//! ```
+//! A dry run is `Done` when it is accepted. Beside these, in every state before `Committing`: `Rejected`, `Aborted`, `LinkLost`, `Failed`, `Cancel`,
+//! `Deadline` and any message of the target that has no place there lead to `RollingBack`. In `Committing` and
+//! `Asking` a message out of place means that the link cannot be trusted, and the target is asked. Anything else
+//! out of place is ignored. The table in `source/table.rs` says the same, and a test holds all three together.
+//!
+//! Invariants:
+//! - COMMIT is sent once, on the way into `Committing`. Before it every failure ends in `RunningOnSource`; after
+//!   it the source goes on only when the target has said that it does not and will not run the container, and
+//!   kills its own only when the target has said that it does.
+//! - Time is an argument. A state has at most one deadline ([`Source::deadline`]).
+//! - What a state knows is in its variant; the downtime is measured by a stopwatch that exists from the request to
+//!   freeze to the answer to COMMIT.
+
+use std::time::Duration;
+
+use crate::failure::{Failure, Fate, Side};
+use crate::fate::FateAnswer;
+use crate::phase::Phase;
+use crate::report::{DowntimeParts, Stopwatch, Tick};
+use crate::rootfs::Pass;
+use crate::wire::message::{Resumed, Step as PreparingStep};
+
+/// The state of the source.
+#[derive(Debug)]
+pub struct Source {
+    state: State,
+    entered: Tick,
+}
+
+/// Where the source stands, with what it knows there.
+#[derive(Debug)]
+enum State {
+    Connecting { dry_run: bool },
+    Negotiating { dry_run: bool },
+    Preparing,
+    CopyingRootfs,
+    AwaitingRootfs,
+    Freezing { watch: Stopwatch },
+    Dumping { watch: Stopwatch },
+    Transferring { watch: Stopwatch },
+    AwaitingReceipt { watch: Stopwatch },
+    Restoring { watch: Stopwatch },
+    Committing { watch: Stopwatch },
+    Asking { watch: Stopwatch },
+    Killing { moved: Moved, released: bool },
+    AwaitingRelease { moved: Moved },
+    CleaningUp { moved: Moved },
+    RollingBack { failure: Failure },
+    Done { end: End },
+}
+
+/// What is known of a container that runs on the target.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Moved {
+    /// The parts of the downtime.
+    pub downtime: DowntimeParts,
+    /// What the target's worker said; all zero if the answer came from the target's record.
+    pub resumed: Resumed,
+}
+
+/// How a migration ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum End {
+    /// Only the preflight was asked for, and nothing is in the way.
+    Checked,
+    /// The container runs on the target.
+    Migrated(Moved),
+    /// It does not, or it is not known.
+    Failed(Failure),
+}
+
+/// What happens to the source.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// The link is open and the hellos agree.
+    LinkUp,
+    /// The target spoke.
+    Peer(PeerEvent),
+    /// The live pass over the writable layer has been sent, up to the frame that ends it: this event has to come
+    /// before the target can answer that frame.
+    RootfsSent,
+    /// Every task is frozen.
+    Froze,
+    /// CRIU has written everything and waits for the word to kill or to let go on.
+    Dumped,
+    /// The images and the final pass have been sent, up to the manifest: this event has to come before the target
+    /// can answer it.
+    StateSent,
+    /// The target's agent answered the question about the fate.
+    Answered(FateAnswer),
+    /// The target's agent could not be asked.
+    AskFailed {
+        /// Why.
+        cause: String,
+    },
+    /// The source's tasks are gone.
+    Killed,
+    /// The client has its answer, or nobody waits for one.
+    Release,
+    /// The source's task, record and snapshot are gone, as far as they could be removed.
+    CleanedUp,
+    /// The container runs on the source as before.
+    RolledBack,
+    /// The container could not be made to run on.
+    RollbackFailed {
+        /// Why.
+        cause: String,
+    },
+    /// An action failed on this side.
+    Failed {
+        /// Why.
+        cause: String,
+    },
+    /// The link broke.
+    LinkLost {
+        /// Why.
+        cause: String,
+    },
+    /// The user gave up.
+    Cancel,
+    /// The time of [`Source::deadline`] has come.
+    Deadline,
+}
+
+/// A message of the target, as far as it decides anything.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PeerEvent {
+    /// The agent takes the container.
+    Accepted,
+    /// The agent declines.
+    Rejected {
+        /// What is in the way.
+        detail: String,
+    },
+    /// The agent is at this step.
+    Preparing(PreparingStep),
+    /// The worker takes the writable layer.
+    Ready,
+    /// The worker has applied a pass over the writable layer.
+    RootfsApplied(Pass),
+    /// The worker has everything.
+    Received,
+    /// The worker holds the container restored and stopped.
+    Restored,
+    /// The container runs on the target.
+    Resumed(Resumed),
+    /// The target gives up, and nothing of the container runs there, or will.
+    Aborted {
+        /// Why.
+        detail: String,
+    },
+    /// Anything else, or bytes that are no message.
+    Nonsense {
+        /// What it was.
+        what: String,
+    },
+}
+
+/// What the engine is to do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Open the link. Answered by `LinkUp` or `Failed`.
+    Connect,
+    /// Send the offer.
+    SendOffer,
+    /// Send the blobs that the agent lacks.
+    SendBlobs,
+    /// Send the live pass over the writable layer, and start CRIU meanwhile. Answered by `RootfsSent`.
+    SendRootfs,
+    /// Freeze every task. Answered by `Froze`.
+    Freeze,
+    /// Let CRIU dump, and send images and the final pass while it does. Answered by `Dumped`, then `StateSent`.
+    Dump,
+    /// Say that the commit begins, then send COMMIT.
+    Commit,
+    /// Ask the target's agent over a new connection, after a pause. Answered by `Answered` or `AskFailed`.
+    AskFate {
+        /// How long to wait before.
+        pause: Duration,
+    },
+    /// Let CRIU kill the tasks, or kill them without it; there is no way back. Answered by `Killed`.
+    Kill,
+    /// Report that the container has moved.
+    ReportMoved,
+    /// Remove the source's task, record and snapshot. Answered by `CleanedUp`.
+    CleanUp,
+    /// Stop what is under way, tell the target, let CRIU go and thaw the container. Answered by `RolledBack` or
+    /// `RollbackFailed`.
+    RollBack {
+        /// What the target is told, if it is to be told anything.
+        tell: Option<String>,
+    },
+    /// Leave the container frozen and let go of it: another worker will ask again.
+    LeaveFrozen,
+    /// Report that only the preflight was asked for and nothing is in the way.
+    ReportChecked,
+    /// Report the failure.
+    ReportFailed {
+        /// What went wrong and where the container is.
+        failure: Failure,
+    },
+}
+
+/// A state and what is to be done on the way into it.
+#[derive(Debug)]
+#[must_use = "the actions have to be executed"]
+pub struct Step {
+    /// The new state.
+    pub state: Source,
+    /// What to do, in order.
+    pub actions: Vec<Action>,
+}
+
+/// Time for opening the link.
+pub const CONNECT_MAX: Duration = Duration::from_secs(30);
+/// Time for the preflight of the target.
+pub const NEGOTIATE_MAX: Duration = Duration::from_secs(120);
+/// Time for blobs, unpacking and creating the incoming task. The container runs meanwhile.
+pub const PREPARE_MAX: Duration = Duration::from_secs(3600);
+/// Time for the live pass over the writable layer. The container runs meanwhile.
+pub const COPY_ROOTFS_MAX: Duration = Duration::from_secs(3600);
+/// Time for the tasks to freeze.
+pub const FREEZE_MAX: Duration = Duration::from_secs(10);
+/// Time for CRIU to dump. Generous: the pages of a large container are written in it.
+pub const DUMP_MAX: Duration = Duration::from_secs(600);
+/// Time for the rest of the transfer after the dump. A dead link is found sooner, by TCP.
+pub const TRANSFER_MAX: Duration = Duration::from_secs(1800);
+/// Time for the target to restore.
+pub const RESTORE_MAX: Duration = Duration::from_secs(300);
+/// Time for the target to answer COMMIT, before it is asked over a connection of its own.
+pub const RESUME_MAX: Duration = Duration::from_secs(20);
+/// Time for which the target is asked, before the container is left frozen for another worker to ask.
+pub const ASK_MAX: Duration = Duration::from_secs(120);
+/// Pause between two questions.
+pub const ASK_PAUSE: Duration = Duration::from_millis(500);
+/// Time that the client has to fetch the report before the source is cleaned up.
+pub const RELEASE_MAX: Duration = Duration::from_secs(10);
+
+impl Source {
+    /// Begins a migration.
+    pub fn begin(dry_run: bool, now: Tick) -> Step {
+        Self::enter(State::Connecting { dry_run }, vec![Action::Connect], now)
+    }
+
+    /// Begins in the place of a worker that died after it had said that it commits: the target is asked.
+    ///
+    /// The downtime of such a migration is measured from here, since nobody knows when it began.
+    pub fn resolve(now: Tick) -> Step {
+        let state = State::Asking { watch: Stopwatch::freeze(now) };
+        Self::enter(state, vec![Action::AskFate { pause: Duration::ZERO }], now)
+    }
+
+    /// Takes one event. Total: whatever comes in whatever state, there is a next state.
+    pub fn step(self, event: Event, now: Tick) -> Step {
+        let Self { state, entered } = self;
+        let before = state.label();
+        let (state, actions) = next::next(state, event, now);
+        let entered = if state.label() == before { entered } else { now };
+        Step { state: Self { state, entered }, actions }
+    }
+
+    /// Returns the phase for logs, progress and failures.
+    #[must_use]
+    pub const fn phase(&self) -> Phase {
+        self.state.phase()
+    }
+
+    /// Returns the state's name for logs.
+    #[must_use]
+    pub const fn label(&self) -> &'static str {
+        self.state.label()
+    }
+
+    /// Returns when [`Event::Deadline`] is due, if ever.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Tick> {
+        let limit = self.state.time_max()?;
+        Some(Tick(self.entered.0.saturating_add(u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX))))
+    }
+
+    /// Returns what is known of the moved container, once it runs on the target.
+    #[must_use]
+    pub const fn moved(&self) -> Option<Moved> {
+        match &self.state {
+            State::Killing { moved, .. } | State::AwaitingRelease { moved } | State::CleaningUp { moved } => {
+                Some(*moved)
+            }
+            State::Done { end: End::Migrated(moved) } => Some(*moved),
+            _ => None,
+        }
+    }
+
+    /// Returns how it ended, once it has.
+    #[must_use]
+    pub const fn end(&self) -> Option<&End> {
+        match &self.state {
+            State::Done { end } => Some(end),
+            _ => None,
+        }
+    }
+
+    const fn enter(state: State, actions: Vec<Action>, now: Tick) -> Step {
+        Step { state: Self { state, entered: now }, actions }
+    }
+}
+
+impl State {
+    const fn label(&self) -> &'static str {
+        match self {
+            Self::Connecting { .. } => "Connecting",
+            Self::Negotiating { .. } => "Negotiating",
+            Self::Preparing => "Preparing",
+            Self::CopyingRootfs => "CopyingRootfs",
+            Self::AwaitingRootfs => "AwaitingRootfs",
+            Self::Freezing { .. } => "Freezing",
+            Self::Dumping { .. } => "Dumping",
+            Self::Transferring { .. } => "Transferring",
+            Self::AwaitingReceipt { .. } => "AwaitingReceipt",
+            Self::Restoring { .. } => "Restoring",
+            Self::Committing { .. } => "Committing",
+            Self::Asking { .. } => "Asking",
+            Self::Killing { .. } => "Killing",
+            Self::AwaitingRelease { .. } => "AwaitingRelease",
+            Self::CleaningUp { .. } => "CleaningUp",
+            Self::RollingBack { .. } => "RollingBack",
+            Self::Done { .. } => "Done",
+        }
+    }
+
+    const fn phase(&self) -> Phase {
+        match self {
+            Self::Connecting { .. } => Phase::Connecting,
+            Self::Negotiating { .. } => Phase::Negotiating,
+            Self::Preparing => Phase::Preparing,
+            Self::CopyingRootfs | Self::AwaitingRootfs => Phase::CopyingRootfs,
+            Self::Freezing { .. }
+            | Self::Dumping { .. }
+            | Self::Transferring { .. }
+            | Self::AwaitingReceipt { .. } => Phase::Frozen,
+            Self::Restoring { .. } => Phase::Restoring,
+            Self::Committing { .. } | Self::Asking { .. } => Phase::Committing,
+            Self::Killing { .. } | Self::AwaitingRelease { .. } => Phase::Committed,
+            Self::CleaningUp { .. } => Phase::CleaningUp,
+            // A rollback belongs to the phase that failed, until it is over.
+            Self::RollingBack { failure } => failure.phase,
+            Self::Done { .. } => Phase::Done,
+        }
+    }
+
+    const fn time_max(&self) -> Option<Duration> {
+        match self {
+            Self::Connecting { .. } => Some(CONNECT_MAX),
+            Self::Negotiating { .. } => Some(NEGOTIATE_MAX),
+            Self::Preparing => Some(PREPARE_MAX),
+            Self::CopyingRootfs | Self::AwaitingRootfs => Some(COPY_ROOTFS_MAX),
+            Self::Freezing { .. } => Some(FREEZE_MAX),
+            Self::Dumping { .. } => Some(DUMP_MAX),
+            Self::Transferring { .. } | Self::AwaitingReceipt { .. } => Some(TRANSFER_MAX),
+            Self::Restoring { .. } => Some(RESTORE_MAX),
+            Self::Committing { .. } => Some(RESUME_MAX),
+            Self::Asking { .. } => Some(ASK_MAX),
+            Self::AwaitingRelease { .. } => Some(RELEASE_MAX),
+            // What is to be undone or finished has no way out but to be done.
+            Self::Killing { .. } | Self::CleaningUp { .. } | Self::RollingBack { .. } | Self::Done { .. } => {
+                None
+            }
+        }
+    }
+}
+
+fn failure(phase: Phase, side: Side, fate: Fate, cause: String) -> Failure {
+    Failure { side, phase, fate, cause }
+}
+
+mod labels;
+mod next;
+
+#[cfg(test)]
+#[path = "source/table.rs"]
+mod table;

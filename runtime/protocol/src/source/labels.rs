@@ -1,0 +1,77 @@
+//! Names of events and actions, for logs and for the table.
+
+use super::{Action, Event, PeerEvent};
+use crate::fate::FateAnswer;
+use crate::rootfs::Pass;
+
+impl Event {
+    /// Returns the event's name.
+    #[must_use]
+    pub const fn label(&self) -> &'static str {
+        match self {
+            Self::LinkUp => "LinkUp",
+            Self::Peer(event) => event.label(),
+            Self::RootfsSent => "RootfsSent",
+            Self::Froze => "Froze",
+            Self::Dumped => "Dumped",
+            Self::StateSent => "StateSent",
+            Self::Answered(FateAnswer::Here) => "Here",
+            Self::Answered(FateAnswer::NotHere) => "NotHere",
+            Self::Answered(FateAnswer::Pending) => "Pending",
+            Self::AskFailed { .. } => "AskFailed",
+            Self::Killed => "Killed",
+            Self::Release => "Release",
+            Self::CleanedUp => "CleanedUp",
+            Self::RolledBack => "RolledBack",
+            Self::RollbackFailed { .. } => "RollbackFailed",
+            Self::Failed { .. } => "Failed",
+            Self::LinkLost { .. } => "LinkLost",
+            Self::Cancel => "Cancel",
+            Self::Deadline => "Deadline",
+        }
+    }
+}
+
+impl PeerEvent {
+    /// Returns the event's name.
+    #[must_use]
+    pub const fn label(&self) -> &'static str {
+        match self {
+            Self::Accepted => "Accepted",
+            Self::Rejected { .. } => "Rejected",
+            Self::Preparing(_) => "Preparing",
+            Self::Ready => "Ready",
+            Self::RootfsApplied(Pass::Live) => "RootfsApplied",
+            Self::RootfsApplied(Pass::Final) => "FinalApplied",
+            Self::Received => "Received",
+            Self::Restored => "Restored",
+            Self::Resumed(_) => "Resumed",
+            Self::Aborted { .. } => "Aborted",
+            Self::Nonsense { .. } => "Nonsense",
+        }
+    }
+}
+
+impl Action {
+    /// Returns the action's name.
+    #[must_use]
+    pub const fn label(&self) -> &'static str {
+        match self {
+            Self::Connect => "Connect",
+            Self::SendOffer => "SendOffer",
+            Self::SendBlobs => "SendBlobs",
+            Self::SendRootfs => "SendRootfs",
+            Self::Freeze => "Freeze",
+            Self::Dump => "Dump",
+            Self::Commit => "Commit",
+            Self::AskFate { .. } => "AskFate",
+            Self::Kill => "Kill",
+            Self::ReportMoved => "ReportMoved",
+            Self::CleanUp => "CleanUp",
+            Self::RollBack { .. } => "RollBack",
+            Self::LeaveFrozen => "LeaveFrozen",
+            Self::ReportChecked => "ReportChecked",
+            Self::ReportFailed { .. } => "ReportFailed",
+        }
+    }
+}

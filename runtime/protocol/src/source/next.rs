@@ -1,0 +1,180 @@
+//! The transitions of the source, state by state.
+
+use super::{
+    ASK_PAUSE, Action, End, Event, Failure, Fate, FateAnswer, Moved, Pass, PeerEvent, Resumed, Side, State,
+    Stopwatch, Tick, failure,
+};
+
+type Next = (State, Vec<Action>);
+
+/// Returns the state after `event` and what to do on the way into it.
+pub(super) fn next(state: State, event: Event, now: Tick) -> Next {
+    match state {
+        State::Committing { watch } => committing(watch, event, now),
+        State::Asking { watch } => asking(watch, &event, now),
+        State::Killing { moved, released } => killing(moved, released, &event),
+        State::AwaitingRelease { moved } => match event {
+            Event::Release | Event::Deadline => (State::CleaningUp { moved }, vec![Action::CleanUp]),
+            _ => (State::AwaitingRelease { moved }, vec![]),
+        },
+        State::CleaningUp { moved } => match event {
+            Event::CleanedUp => (State::Done { end: End::Migrated(moved) }, vec![]),
+            _ => (State::CleaningUp { moved }, vec![]),
+        },
+        State::RollingBack { failure } => rolling_back(failure, event),
+        State::Done { end } => (State::Done { end }, vec![]),
+        revocable => match give_up(&revocable, &event) {
+            Some(next) => next,
+            None => go_on(revocable, event, now),
+        },
+    }
+}
+
+/// The way ahead, up to COMMIT. Local events out of place come from threads that were overtaken: they are
+/// ignored. Messages out of place roll back.
+fn go_on(state: State, event: Event, now: Tick) -> Next {
+    match (state, event) {
+        (State::Connecting { dry_run }, Event::LinkUp) => {
+            (State::Negotiating { dry_run }, vec![Action::SendOffer])
+        }
+        (State::Negotiating { dry_run: true }, Event::Peer(PeerEvent::Accepted)) => {
+            (State::Done { end: End::Checked }, vec![Action::ReportChecked])
+        }
+        (State::Negotiating { dry_run: false }, Event::Peer(PeerEvent::Accepted)) => {
+            (State::Preparing, vec![Action::SendBlobs])
+        }
+        (State::Preparing, Event::Peer(PeerEvent::Preparing(_))) => (State::Preparing, vec![]),
+        (State::Preparing, Event::Peer(PeerEvent::Ready)) => (State::CopyingRootfs, vec![Action::SendRootfs]),
+        (State::CopyingRootfs, Event::RootfsSent) => (State::AwaitingRootfs, vec![]),
+        (State::AwaitingRootfs, Event::Peer(PeerEvent::RootfsApplied(Pass::Live))) => {
+            (State::Freezing { watch: Stopwatch::freeze(now) }, vec![Action::Freeze])
+        }
+        (State::Freezing { mut watch }, Event::Froze) => {
+            watch.frozen(now);
+            (State::Dumping { watch }, vec![Action::Dump])
+        }
+        (State::Dumping { mut watch }, Event::Dumped) => {
+            watch.dumped(now);
+            (State::Transferring { watch }, vec![])
+        }
+        (State::Transferring { watch }, Event::StateSent) => (State::AwaitingReceipt { watch }, vec![]),
+        // The target applies the final pass while it takes the images: the word may come at any time until
+        // it has received everything, and nothing depends on it.
+        (
+            state @ (State::Dumping { .. } | State::Transferring { .. } | State::AwaitingReceipt { .. }),
+            Event::Peer(PeerEvent::RootfsApplied(Pass::Final)),
+        ) => (state, vec![]),
+        (State::AwaitingReceipt { mut watch }, Event::Peer(PeerEvent::Received)) => {
+            watch.transferred(now);
+            (State::Restoring { watch }, vec![])
+        }
+        (State::Restoring { mut watch }, Event::Peer(PeerEvent::Restored)) => {
+            watch.restored(now);
+            (State::Committing { watch }, vec![Action::Commit])
+        }
+        (state, Event::Peer(event)) => {
+            let cause = out_of_place(&event, &state);
+            roll_back(&state, Side::Target, cause, true)
+        }
+        (state, _) => (state, vec![]),
+    }
+}
+
+/// The ways out before COMMIT, the same in every state; `None` if `event` is none of them.
+fn give_up(state: &State, event: &Event) -> Option<Next> {
+    let (side, cause, tell) = match event {
+        Event::Peer(PeerEvent::Rejected { detail } | PeerEvent::Aborted { detail }) => {
+            (Side::Target, detail.clone(), false)
+        }
+        Event::Peer(PeerEvent::Nonsense { what }) => (Side::Target, what.clone(), true),
+        Event::LinkLost { cause } => (Side::Target, cause.clone(), false),
+        Event::Failed { cause } => (Side::Source, cause.clone(), true),
+        Event::Cancel => (Side::Source, "it was cancelled".to_owned(), true),
+        Event::Deadline => (Side::Source, took_too_long(state), true),
+        _ => return None,
+    };
+    Some(roll_back(state, side, cause, tell))
+}
+
+fn committing(watch: Stopwatch, event: Event, now: Tick) -> Next {
+    match event {
+        Event::Peer(PeerEvent::Resumed(resumed)) => kill(watch, resumed, now),
+        Event::Peer(PeerEvent::Aborted { detail }) => {
+            roll_back(&State::Committing { watch }, Side::Target, detail, false)
+        }
+        // Whatever else the target says, or the end of the link: what it decided is in its record.
+        Event::Peer(_) | Event::LinkLost { .. } | Event::Failed { .. } | Event::Deadline => ask(watch, false),
+        _ => (State::Committing { watch }, vec![]),
+    }
+}
+
+fn asking(watch: Stopwatch, event: &Event, now: Tick) -> Next {
+    match event {
+        Event::Answered(FateAnswer::Here) => kill(watch, Resumed::default(), now),
+        Event::Answered(FateAnswer::NotHere) => {
+            let cause = "the link was lost before the target could resume the container".to_owned();
+            roll_back(&State::Asking { watch }, Side::Target, cause, false)
+        }
+        Event::Answered(FateAnswer::Pending) | Event::AskFailed { .. } => ask(watch, true),
+        Event::Deadline => {
+            let state = State::Asking { watch };
+            let cause = "the target cannot be asked whether it runs the container: bring its agent back, then \
+                         migrate again to the same target";
+            let failure = failure(state.phase(), Side::Target, Fate::Unknown, cause.to_owned());
+            let actions = vec![Action::LeaveFrozen, Action::ReportFailed { failure: failure.clone() }];
+            (State::Done { end: End::Failed(failure) }, actions)
+        }
+        // The old link may still speak; the record is what counts, and its answer is on the way.
+        _ => (State::Asking { watch }, vec![]),
+    }
+}
+
+fn ask(watch: Stopwatch, again: bool) -> Next {
+    let pause = if again { ASK_PAUSE } else { std::time::Duration::ZERO };
+    (State::Asking { watch }, vec![Action::AskFate { pause }])
+}
+
+fn kill(watch: Stopwatch, resumed: Resumed, now: Tick) -> Next {
+    let moved = Moved { downtime: watch.resumed(now), resumed };
+    (State::Killing { moved, released: false }, vec![Action::Kill])
+}
+
+fn killing(moved: Moved, released: bool, event: &Event) -> Next {
+    match event {
+        Event::Killed if released => {
+            (State::CleaningUp { moved }, vec![Action::ReportMoved, Action::CleanUp])
+        }
+        Event::Killed => (State::AwaitingRelease { moved }, vec![Action::ReportMoved]),
+        Event::Release => (State::Killing { moved, released: true }, vec![]),
+        _ => (State::Killing { moved, released }, vec![]),
+    }
+}
+
+fn rolling_back(failure: Failure, event: Event) -> Next {
+    let failure = match event {
+        Event::RolledBack => failure,
+        Event::RollbackFailed { cause } => Failure {
+            fate: Fate::Lost,
+            cause: format!("{}; and the container could not be made to go on: {cause}", failure.cause),
+            ..failure
+        },
+        _ => return (State::RollingBack { failure }, vec![]),
+    };
+    let actions = vec![Action::ReportFailed { failure: failure.clone() }];
+    (State::Done { end: End::Failed(failure) }, actions)
+}
+
+fn roll_back(state: &State, side: Side, cause: String, tell: bool) -> Next {
+    let tell = tell.then(|| cause.clone());
+    let failure = failure(state.phase(), side, Fate::RunningOnSource, cause);
+    (State::RollingBack { failure }, vec![Action::RollBack { tell }])
+}
+
+fn took_too_long(state: &State) -> String {
+    let limit_s = state.time_max().map_or(0, |limit| limit.as_secs());
+    format!("{} took longer than {limit_s} s", state.phase())
+}
+
+fn out_of_place(event: &PeerEvent, state: &State) -> String {
+    format!("the target said {} while the source was {}", event.label(), state.label())
+}
