@@ -1,0 +1,292 @@
+//! The target's agent: listens for migrations and brings each to the worker that restores it.
+//!
+//! ```text
+//! connection ──hello──► Offer ──► preflight ──► Accept | Reject
+//!                                  blobs ──► image, snapshot, record, task (Arrival)
+//!                                  task's worker connects ──► the link is handed to it
+//!                                  task has started, or not ──► settled as the migration's record says
+//!                       FateQuery ──► the record's answer
+//! ```
+//! One thread a connection, at most [`CONNECTIONS_MAX`] of them; every wait has a limit, every size from the peer
+//! a maximum. What a peer sends wrongly ends its connection with a `Reject` and one line in the log. The agent
+//! may be killed at any moment: a worker that has the link does not need it, and the next agent settles what
+//! this one left (see [`crate::target::recover`]).
+//!
+//! Nothing is encrypted and nobody is asked who they are: the network must be trusted.
+
+mod blobs;
+mod connection;
+mod migration;
+
+use std::{
+    collections::HashSet,
+    fs::{self, DirBuilder},
+    io,
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::{fd::AsRawFd, unix::fs::DirBuilderExt},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use godwit_engine::link::Breaker;
+use godwit_protocol::MigrationId;
+use nix::sys::{
+    signal::{SigSet, Signal},
+    socket::{Shutdown, shutdown},
+};
+
+use crate::{Containerd, NodeError, target};
+
+/// Where an agent keeps sockets, records and journals of migrations.
+pub const DIRECTORY: &str = "/run/godwit/migrations";
+
+/// Most connections at a time.
+pub const CONNECTIONS_MAX: usize = 64;
+
+/// How an agent is to run.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// The socket of its containerd.
+    pub containerd: PathBuf,
+    /// Where it keeps sockets, records and journals.
+    pub directory: PathBuf,
+}
+
+/// An agent that listens, and is not yet serving.
+#[derive(Debug)]
+pub struct Agent {
+    listener: TcpListener,
+    shared: Arc<Shared>,
+}
+
+/// What the connections of one agent share.
+#[derive(Debug)]
+struct Shared {
+    containerd: PathBuf,
+    directory: PathBuf,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    connections: usize,
+    leaving: bool,
+    migrations: HashSet<MigrationId>,
+    /// Links that no worker has yet, by connection number; breaking one ends its migration.
+    links: Vec<(u64, Breaker)>,
+    next: u64,
+}
+
+impl Agent {
+    /// Checks that containerd answers, settles what an earlier agent left unfinished, and begins to listen.
+    ///
+    /// # Errors
+    /// [`NodeError::Unreachable`] without containerd, [`NodeError::Listen`] if the address cannot be had.
+    pub fn bind(config: Config) -> Result<Self, NodeError> {
+        drop(Containerd::connect(&config.containerd, "default")?);
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&config.directory)
+            .map_err(NodeError::file("create directory", &config.directory))?;
+        forget_old_records(&config.directory);
+        target::recover(&config.containerd, &config.directory)?;
+        let listener = TcpListener::bind(config.listen)
+            .map_err(|source| NodeError::Listen { address: config.listen, source })?;
+        let state = Mutex::new(State::default());
+        let shared = Shared { containerd: config.containerd, directory: config.directory, state };
+        Ok(Self { listener, shared: Arc::new(shared) })
+    }
+
+    /// Returns where it listens.
+    ///
+    /// # Errors
+    /// [`io::Error`] if the system does not say.
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Serves until SIGTERM or SIGINT; then lets migrations that are under way finish for [`LEAVE_LIMIT`].
+    ///
+    /// # Errors
+    /// [`NodeError::Listen`] if the signals or the listener cannot be set up.
+    pub fn serve(self) -> Result<(), NodeError> {
+        let address = self
+            .address()
+            .map_err(|source| NodeError::Listen { address: SocketAddr::from(([0, 0, 0, 0], 0)), source })?;
+        let failed = |source: io::Error| NodeError::Listen { address, source };
+        // Blocked before any thread is made, so that all inherit it and the signal waits for `wait`.
+        let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+        signals.thread_block().map_err(|errno| failed(errno.into()))?;
+        let listener = self.listener.try_clone().map_err(failed)?;
+        let shared = Arc::clone(&self.shared);
+        let acceptor = thread::spawn(move || accept(&listener, &shared));
+
+        let signal = signals.wait().map_err(|errno| failed(errno.into()))?;
+        log::info!("{signal}: no more migrations are taken");
+        self.shared.state().leaving = true;
+        // On Linux this wakes a thread that waits in accept.
+        shutdown(self.listener.as_raw_fd(), Shutdown::Both).map_err(|errno| failed(errno.into()))?;
+        if acceptor.join().is_err() {
+            log::error!("the listening thread had panicked");
+        }
+        self.shared.leave();
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change of the state is complete when it can panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the connections to end; the migrations that no worker has yet are ended half way.
+    fn leave(&self) {
+        let begun = Instant::now();
+        let mut broken = false;
+        loop {
+            let (connections, links) = {
+                let state = self.state();
+                (state.connections, state.links.clone())
+            };
+            if connections == 0 || begun.elapsed() > LEAVE_LIMIT {
+                return;
+            }
+            if begun.elapsed() > LEAVE_LIMIT / 2 && !broken {
+                log::warn!("{connections} connections are still open: breaking those that no worker has");
+                links.iter().for_each(|(_, breaker)| breaker.break_link());
+                broken = true;
+            }
+            thread::sleep(LEAVE_POLL);
+        }
+    }
+}
+
+fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
+    loop {
+        let (socket, peer) = match listener.accept() {
+            Ok(accepted) => accepted,
+            Err(_) if shared.state().leaving => return,
+            Err(error) => {
+                // Out of descriptors, most likely: the connections that are open will give some back.
+                log::warn!("cannot accept a connection: {error}");
+                thread::sleep(ACCEPT_PAUSE);
+                continue;
+            }
+        };
+        let Some(seat) = Seat::take(shared) else {
+            log::warn!(peer:%; "refused: {CONNECTIONS_MAX} connections are open");
+            continue;
+        };
+        spawn(seat, socket, peer);
+    }
+}
+
+fn spawn(seat: Seat, socket: TcpStream, peer: SocketAddr) {
+    let spawned = thread::Builder::new().name(format!("from {peer}")).spawn(move || {
+        if let Err(error) = connection::serve(&seat, socket) {
+            log::warn!(peer:%; "{error}");
+        }
+    });
+    if let Err(error) = spawned {
+        log::warn!(peer:%; "refused: no thread for the connection: {error}");
+    }
+}
+
+/// A connection's place among those that are open; given back on drop.
+#[derive(Debug)]
+struct Seat {
+    shared: Arc<Shared>,
+    number: u64,
+}
+
+impl Seat {
+    fn take(shared: &Arc<Shared>) -> Option<Self> {
+        let mut state = shared.state();
+        if state.connections >= CONNECTIONS_MAX {
+            return None;
+        }
+        state.connections += 1;
+        state.next += 1;
+        Some(Self { shared: Arc::clone(shared), number: state.next })
+    }
+
+    /// Lets the agent break the link when it leaves.
+    fn lend(&self, breaker: Breaker) {
+        self.shared.state().links.push((self.number, breaker));
+    }
+
+    /// Takes that back: the link is a worker's now.
+    fn reclaim(&self) {
+        self.shared.state().links.retain(|(number, _)| *number != self.number);
+    }
+
+    fn containerd(&self) -> &Path {
+        &self.shared.containerd
+    }
+
+    fn directory(&self) -> &Path {
+        &self.shared.directory
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.reclaim();
+        self.shared.state().connections -= 1;
+    }
+}
+
+/// A migration's claim on its name; given back on drop.
+#[derive(Debug)]
+struct Claim {
+    shared: Arc<Shared>,
+    migration: MigrationId,
+}
+
+impl Claim {
+    fn take(seat: &Seat, migration: &MigrationId) -> Option<Self> {
+        let shared = Arc::clone(&seat.shared);
+        let fresh = shared.state().migrations.insert(migration.clone());
+        fresh.then(|| Self { shared, migration: migration.clone() })
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.shared.state().migrations.remove(&self.migration);
+    }
+}
+
+/// Removes records that no source can still ask about.
+fn forget_old_records(directory: &Path) {
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let is_record =
+            path.extension().is_some_and(|extension| extension == "fate" || extension == "worker");
+        let age = entry.metadata().and_then(|metadata| metadata.modified()).ok();
+        let age = age.and_then(|modified| SystemTime::now().duration_since(modified).ok());
+        if is_record
+            && age.is_some_and(|age| age > RECORD_LIFE)
+            && let Err(error) = fs::remove_file(&path)
+        {
+            log::warn!(path:% = path.display(); "cannot remove an old record: {error}");
+        }
+    }
+}
+
+/// How long an agent that was told to leave waits for the migrations that are under way.
+pub const LEAVE_LIMIT: Duration = Duration::from_secs(60);
+
+const LEAVE_POLL: Duration = Duration::from_millis(50);
+
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A source asks within minutes; a week outlasts every weekend.
+const RECORD_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);

@@ -1,0 +1,226 @@
+//! A container on its way in: what has been made for it so far, and how that is undone.
+
+use std::{path::Path, time::Duration};
+
+use containerd_client::{
+    services::v1::{
+        AddResourceRequest, CreateContainerRequest, CreateRequest, CreateTaskRequest, Resource, StartRequest,
+        containers_client::ContainersClient, leases_client::LeasesClient, tasks_client::TasksClient,
+    },
+    types::Mount,
+};
+use godwit_engine::decision::Record;
+use godwit_protocol::{
+    fate::FateAnswer,
+    offer::{Image, Offer, Snapshot},
+};
+
+use super::{
+    image::{label_blobs, prepare, register, rfc3339, unpack},
+    journal::{Journal, Made, settle},
+};
+use crate::{
+    client::Containerd,
+    content::Ingest,
+    error::{NodeError, Optional},
+    image::check_digest,
+    options, record,
+    stdio::Fifos,
+};
+
+/// A container that is being made on the target.
+///
+/// Dropped before [`Arrival::settle`] found it to run here, it takes back everything it made, so that the target is as it was.
+#[derive(Debug)]
+pub struct Arrival {
+    containerd: Containerd,
+    offer: Offer,
+    journal: Journal,
+    mounts: Vec<Mount>,
+    kept: bool,
+}
+
+/// A task that waits for its migration; [`IncomingTask::start`] returns when that has ended.
+#[derive(Debug)]
+pub struct IncomingTask {
+    containerd: Containerd,
+    id: String,
+}
+
+impl Arrival {
+    /// Begins with a lease, which keeps containerd's garbage collector away from what is not yet referred to.
+    ///
+    /// What is made is noted in a journal in `directory`, so that an agent that is restarted can take it back.
+    ///
+    /// # Errors
+    /// [`NodeError`] if containerd refuses, for one because a migration of that name is in progress.
+    pub fn begin(containerd: Containerd, offer: Offer, directory: &Path) -> Result<Self, NodeError> {
+        let journal = Journal::begin(directory, &offer.migration, containerd.namespace())?;
+        // From here on dropping it undoes what has been done.
+        let mut arrival = Self { containerd, offer, journal, mounts: Vec::new(), kept: false };
+        create_lease(&mut arrival.containerd, arrival.journal.lease())?;
+        for blob in arrival.offer.container.image.iter().flat_map(|image| &image.blobs) {
+            arrival.hold_blob(&blob.digest)?;
+        }
+        Ok(arrival)
+    }
+
+    /// Returns the offer that it answers.
+    #[must_use]
+    pub const fn offer(&self) -> &Offer {
+        &self.offer
+    }
+
+    /// Begins to take in a blob; `None` if it has arrived in the meantime by another way.
+    ///
+    /// # Errors
+    /// [`NodeError`] if containerd refuses.
+    pub(crate) fn blob(&self, digest: &str, size_bytes: u64) -> Result<Option<Ingest<'_>>, NodeError> {
+        check_digest("the blob's announcement", digest)?;
+        let reference = format!("godwit-{}-{digest}", self.offer.migration);
+        self.containerd.ingest(&reference, digest, size_bytes)
+    }
+
+    /// Registers the image under its name.
+    ///
+    /// # Errors
+    /// [`NodeError`] if containerd refuses.
+    pub fn register_image(&mut self) -> Result<(), NodeError> {
+        let Some(image) = self.image() else { return Ok(()) };
+        label_blobs(&self.containerd, &image)?;
+        if register(&self.containerd, &image)? {
+            self.journal.note(Made::Image(image.name))?;
+        }
+        Ok(())
+    }
+
+    /// Unpacks the layers that are not unpacked yet and makes the container's snapshot on them.
+    ///
+    /// # Errors
+    /// [`NodeError`] if containerd refuses, or a layer is not what the image says.
+    pub fn make_snapshot(&mut self) -> Result<(), NodeError> {
+        let Some(Snapshot { key, parent, labels }) = self.offer.container.snapshot.clone() else {
+            return Err(NodeError::Unfit {
+                id: self.offer.container.id.clone(),
+                cause: "has no snapshot".to_owned(),
+            });
+        };
+        if let Some(image) = self.image() {
+            unpack(&self.containerd, &self.offer, &image, &parent)?;
+        }
+        let snapshotter = self.offer.container.snapshotter.clone();
+        let labels =
+            labels.into_iter().filter(|(label, _)| !label.starts_with("containerd.io/gc.")).collect();
+        self.mounts = prepare(&self.containerd, &snapshotter, &key, &parent, labels)?;
+        self.journal.note(Made::Snapshot { snapshotter, key })
+    }
+
+    /// Creates the container's record, the same as on the source.
+    ///
+    /// # Errors
+    /// [`NodeError`] if containerd refuses.
+    pub fn create_container(&mut self) -> Result<(), NodeError> {
+        let container = record::container(&self.offer.container);
+        let request = self.containerd.request(CreateContainerRequest { container: Some(container) });
+        self.containerd
+            .call("create the container", ContainersClient::new(self.containerd.channel()).create(request))?;
+        self.journal.note(Made::Container(self.offer.container.id.clone()))
+    }
+
+    /// Creates the task that the migration comes into over `socket`.
+    ///
+    /// # Errors
+    /// [`NodeError`] if the FIFOs cannot be made or containerd or the shim refuses.
+    pub fn create_task(&mut self, socket: &Path) -> Result<IncomingTask, NodeError> {
+        let id = self.offer.container.id.clone();
+        let unique = self.offer.migration.as_str();
+        let (stdio, fifos) = Fifos::make(Path::new(FIFO_ROOT), unique, &id, &self.offer.stdio)?;
+        self.journal.note(Made::Fifos(fifos.into_paths()))?;
+        let task = CreateTaskRequest {
+            container_id: id.clone(),
+            rootfs: self.mounts.clone(),
+            stdin: stdio.stdin,
+            stdout: stdio.stdout,
+            stderr: stdio.stderr,
+            terminal: stdio.terminal,
+            options: Some(options::incoming(self.offer.container.runtime.options.as_ref(), socket)),
+            ..CreateTaskRequest::default()
+        };
+        let starter = Containerd::connect(self.containerd.address(), self.containerd.namespace())?;
+        let request = self.containerd.request(task);
+        // Noted first: a create that fails half way may leave a task.
+        self.journal.note(Made::Task(id.clone()))?;
+        self.containerd
+            .call("create the task", TasksClient::new(self.containerd.channel()).create(request))?;
+        Ok(IncomingTask { containerd: starter, id })
+    }
+
+    /// Ends the arrival as the migration's record says: keeps everything if the container runs here, else takes
+    /// it back. Call it when the incoming task has started or failed to.
+    ///
+    /// # Errors
+    /// [`NodeError::Record`] if the record cannot be used; everything is kept then, for nobody knows.
+    pub fn settle(mut self, record: &Record) -> Result<FateAnswer, NodeError> {
+        // Until the record says otherwise nothing may be taken back.
+        self.kept = true;
+        let fate = settle(record, || self.journal.end_task(&self.containerd))?;
+        self.kept = fate == FateAnswer::Here;
+        Ok(fate)
+    }
+
+    fn image(&self) -> Option<Image> {
+        self.offer.container.image.clone()
+    }
+
+    /// Adds a blob that is here already to the lease; one that is not is no matter.
+    fn hold_blob(&self, digest: &str) -> Result<(), NodeError> {
+        check_digest("the offer", digest)?;
+        let resource = Resource { id: digest.to_owned(), r#type: "content".to_owned() };
+        let request = self
+            .containerd
+            .request(AddResourceRequest { id: self.journal.lease().to_owned(), resource: Some(resource) });
+        self.containerd
+            .call("hold a blob", LeasesClient::new(self.containerd.channel()).add_resource(request))
+            .optional()?;
+        Ok(())
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        if self.kept {
+            self.journal.close(&self.containerd);
+        } else {
+            self.journal.take_back(&self.containerd);
+        }
+    }
+}
+
+fn create_lease(containerd: &mut Containerd, lease: &str) -> Result<(), NodeError> {
+    let expiry = ("containerd.io/gc.expire".to_owned(), rfc3339(LEASE_LIFE));
+    let request =
+        containerd.request(CreateRequest { id: lease.to_owned(), labels: [expiry].into_iter().collect() });
+    containerd.call("create a lease", LeasesClient::new(containerd.channel()).create(request))?;
+    containerd.hold_lease(lease)
+}
+
+impl IncomingTask {
+    /// Starts the task, which returns when the container runs here or has failed to.
+    ///
+    /// # Errors
+    /// [`NodeError`] with the shim's words if the migration failed.
+    pub fn start(&self) -> Result<u32, NodeError> {
+        let request =
+            self.containerd.request(StartRequest { container_id: self.id.clone(), exec_id: String::new() });
+        let answer = self
+            .containerd
+            .call_unbounded("start the task", TasksClient::new(self.containerd.channel()).start(request))?;
+        Ok(answer.pid)
+    }
+}
+
+/// Where containerd's clients make their FIFOs, whatever its state directory is.
+const FIFO_ROOT: &str = "/run/containerd/fifo";
+
+/// Long enough for any transfer; what an agent that was killed left behind goes afterwards.
+const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
