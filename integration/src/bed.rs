@@ -338,8 +338,21 @@ fn claim(name: &str, dir: &Path) -> Result<Flock<File>> {
         }
         down(name)?;
     }
-    fs::create_dir_all(dir).map_err(BedError::io("make", dir))?;
+    make(dir)?;
     lock(dir)?.ok_or_else(exists)
+}
+
+/// Makes a bed's directory. The last other bed may go, and the directory of beds with it, between the making
+/// of that and of this one, so it is tried again.
+fn make(dir: &Path) -> Result<()> {
+    let mut last = fs::create_dir_all(dir);
+    for _ in 0..MAKE_RETRIES {
+        if !matches!(&last, Err(error) if error.kind() == io::ErrorKind::NotFound) {
+            break;
+        }
+        last = fs::create_dir_all(dir);
+    }
+    last.map_err(BedError::io("make", dir))
 }
 
 /// Locks a bed's directory; `None` when another process has it.
@@ -410,6 +423,7 @@ const SHIM: &str = "containerd-shim-godwit-v1";
 const RECORD: &str = "bed.json";
 const LINK: &str = "eth0";
 const NAME_MAX: usize = 40;
+const MAKE_RETRIES: u32 = 10;
 
 #[cfg(test)]
 mod tests {
