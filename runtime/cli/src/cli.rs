@@ -70,6 +70,8 @@ pub(crate) enum Command {
     Ps(commands::ps::Ps),
     Pause(commands::pause::Pause),
     Resume(commands::resume::Resume),
+    Checkpoint(Box<commands::checkpoint::Checkpoint>),
+    Restore(Box<commands::restore::Restore>),
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use godwit_container::ContainerError;
+use godwit_container::checkpoint::CheckpointError;
 
 /// Result of a verb.
 pub(crate) type Result<T, E = CliError> = std::result::Result<T, E>;
@@ -19,6 +20,9 @@ pub(crate) enum CliError {
     /// `exec` failed before its process ran.
     #[error("exec failed: {0}")]
     Exec(#[source] ContainerError),
+    /// A checkpoint or restore failed.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// A system call failed.
     #[error(transparent)]
     Sys(#[from] godwit_sys::SysError),

@@ -121,7 +121,7 @@ fn check_console(spec: &Spec, options: &CreateOptions) -> Result<()> {
     }
 }
 
-fn rootfs(spec: &Spec, bundle: &Path) -> Result<PathBuf> {
+pub(crate) fn rootfs(spec: &Spec, bundle: &Path) -> Result<PathBuf> {
     let path = spec.root().as_ref().map(|root| root.path()).ok_or_else(|| ContainerError::Unsupported {
         what: "root",
         reason: "config.json names no root file system; add \"root\": {\"path\": \"rootfs\"}".to_owned(),

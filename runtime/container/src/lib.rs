@@ -10,12 +10,14 @@
 //!
 //! - [`create`], [`lifecycle`], [`exec`]: the verbs that change something
 //! - [`state`]: what is on disk, and the status derived from it
+//! - [`checkpoint`], [`restore`]: the container into CRIU's images and out of them
 //! - [`report`]: what the verbs print
 //! - [`cgroup`], [`trace`]: what the verbs share
 
 #![forbid(unsafe_code)]
 
 pub mod cgroup;
+pub mod checkpoint;
 pub mod create;
 pub mod error;
 pub mod exec;
@@ -24,6 +26,7 @@ mod failure;
 pub mod lifecycle;
 mod process;
 pub mod report;
+pub mod restore;
 pub mod state;
 pub mod trace;
 

@@ -9,6 +9,7 @@
 //! - [`fdpass`]: descriptors through unix sockets
 //! - [`freezer`]: freeze a cgroup, with a guard that thaws
 //! - [`mountns`], [`mount`]: private mount namespaces, mounts undone on drop
+//! - [`netns`]: the loopback device of a namespace
 //! - [`keyring`], [`signals`]: what a container's process must not inherit
 //! - [`terminal`]: window sizes
 //! - [`process`]: subreaper, groups, children
@@ -20,6 +21,7 @@ pub mod keyring;
 pub mod memfd;
 pub mod mount;
 pub mod mountns;
+pub mod netns;
 pub mod pidfd;
 pub mod process;
 pub mod signals;

@@ -36,6 +36,14 @@ pub fn leave_for_private() -> Result<File> {
     Ok(outer)
 }
 
+/// Moves the calling thread into the mount namespace `namespace`, with its root as working directory.
+///
+/// # Errors
+/// [`SysError::Call`].
+pub fn enter(namespace: &File) -> Result<()> {
+    setns(namespace, CloneFlags::CLONE_NEWNS).map_err(SysError::call("setns(mnt)"))
+}
+
 /// Runs `action` in the mount namespace `outer` and returns to the present one.
 ///
 /// The working directory and the root directory become those of the namespaces' roots, as setns(2) says.
@@ -46,9 +54,9 @@ pub fn leave_for_private() -> Result<File> {
 pub fn run_in<T>(outer: &File, action: impl FnOnce() -> T) -> Result<T> {
     let path = Path::new("/proc/thread-self/ns/mnt");
     let inner = File::open(path).map_err(SysError::file(path))?;
-    setns(outer, CloneFlags::CLONE_NEWNS).map_err(SysError::call("setns(outer)"))?;
+    enter(outer)?;
     let answer = action();
-    setns(&inner, CloneFlags::CLONE_NEWNS).map_err(SysError::call("setns(inner)"))?;
+    enter(&inner)?;
     Ok(answer)
 }
 

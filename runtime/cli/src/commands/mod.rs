@@ -1,12 +1,14 @@
 //! The verbs, one file each. A verb is a struct of its arguments (its doc comment is its help) with a method
 //! `run`, which returns the exit code.
 
+pub(crate) mod checkpoint;
 pub(crate) mod create;
 pub(crate) mod delete;
 pub(crate) mod exec;
 pub(crate) mod kill;
 pub(crate) mod pause;
 pub(crate) mod ps;
+pub(crate) mod restore;
 pub(crate) mod resume;
 pub(crate) mod start;
 pub(crate) mod state;
@@ -35,6 +37,8 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Ps(verb) => verb.run(&store),
         Command::Pause(verb) => verb.run(&store),
         Command::Resume(verb) => verb.run(&store),
+        Command::Checkpoint(verb) => verb.run(&store),
+        Command::Restore(verb) => verb.run(&store, globals),
     }
 }
 
