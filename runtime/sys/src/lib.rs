@@ -2,7 +2,7 @@
 //!
 //! Every `unsafe` block of the project lives in this crate, each with the invariant it relies on. The modules
 //! know processes, file descriptors, mounts and the freezer; they know nothing about containers, CRIU or
-//! migrations. Everything here blocks, and nothing here starts a thread.
+//! migrations. Everything here blocks, and nothing here leaves a thread behind.
 //!
 //! - [`spawn`]: children that inherit chosen descriptors and may live in a mount namespace of their own
 //! - [`pidfd`]: signal and wait for a process without racing against the reuse of its id
@@ -13,19 +13,30 @@
 //! - [`keyring`], [`signals`]: what a container's process must not inherit
 //! - [`terminal`]: window sizes
 //! - [`process`]: subreaper, groups, children
+//! - [`userfaultfd`], [`pagemap_scan`]: page faults and written pages of an address space
+//! - [`inject`], [`foreign_memory`], [`foreign_fd`]: a userfaultfd, memory and descriptors of another process
+//! - [`arena`], [`window`], [`page_range`]: memory that the kernel changes, memory it copies from, addresses
 
+pub mod arena;
 pub mod error;
 pub mod fdpass;
+pub mod foreign_fd;
+pub mod foreign_memory;
 pub mod freezer;
+pub mod inject;
 pub mod keyring;
 pub mod memfd;
 pub mod mount;
 pub mod mountns;
 pub mod netns;
+pub mod page_range;
+pub mod pagemap_scan;
 pub mod pidfd;
 pub mod process;
 pub mod signals;
 pub mod spawn;
 pub mod terminal;
+pub mod userfaultfd;
+pub mod window;
 
 pub use error::{Result, SysError};

@@ -1,0 +1,206 @@
+//! Memory of this process that others may change behind the compiler's back.
+//!
+//! A userfaultfd, a discard or another thread may alter what stands in an [`Arena`] at any moment, so it is
+//! never seen through a reference: words go in and out as relaxed atomics. Probes use it (does the kernel
+//! track writes at all?), and so do programs whose memory is what a test is about.
+
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::errno::Errno;
+
+use crate::page_range::{PAGE_BYTES, PageRange};
+use crate::{Result, SysError};
+
+/// What to tell the kernel about a part of an arena.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Advice {
+    /// `MADV_HUGEPAGE`: use huge pages.
+    HugePage,
+    /// `MADV_NOHUGEPAGE`: use none.
+    NoHugePage,
+    /// `MADV_FREE`: the contents may go when memory is short.
+    Free,
+    /// `MADV_PAGEOUT`: move the contents to swap.
+    PageOut,
+}
+
+/// A private anonymous mapping, unmapped on drop.
+#[derive(Debug)]
+pub struct Arena {
+    base: NonNull<AtomicU64>,
+    bytes: u64,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread, and is only reached through atomics.
+unsafe impl Send for Arena {}
+// SAFETY: as above; the kernel serialises what is done to the mapping itself.
+unsafe impl Sync for Arena {}
+
+impl Arena {
+    /// Maps `bytes` bytes, rounded up to whole pages (at least one).
+    ///
+    /// # Errors
+    /// [`SysError::Call`].
+    pub fn map(bytes: u64) -> Result<Self> {
+        let bytes = bytes.max(1).checked_next_multiple_of(PAGE_BYTES);
+        let bytes = bytes.ok_or(SysError::Call { call: "mmap", errno: Errno::ENOMEM })?;
+        let length = to_usize(bytes)?;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: without an address the kernel picks a free place, so no other memory is touched.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(SysError::Call { call: "mmap", errno: Errno::last() });
+        }
+        let base = NonNull::new(base.cast()).ok_or(SysError::Call { call: "mmap", errno: Errno::EFAULT })?;
+        Ok(Self { base, bytes })
+    }
+
+    /// Where it lies.
+    ///
+    /// # Panics
+    /// Never: a mapping is whole pages and not empty.
+    pub fn range(&self) -> PageRange {
+        let start = self.base.addr().get() as u64;
+        PageRange::new(start, start + self.bytes).expect("a mapping is whole pages, at least one")
+    }
+
+    /// Number of 64-bit words.
+    pub fn words(&self) -> u64 {
+        self.bytes / 8
+    }
+
+    /// The word with this index.
+    ///
+    /// # Panics
+    /// When it is outside the arena.
+    pub fn load(&self, word: u64) -> u64 {
+        self.word(word).load(Ordering::Relaxed)
+    }
+
+    /// Writes the word with this index.
+    ///
+    /// # Panics
+    /// When it is outside the arena.
+    pub fn store(&self, word: u64, value: u64) {
+        self.word(word).store(value, Ordering::Relaxed);
+    }
+
+    /// Drops the pages of `range` that lie in the arena (`MADV_DONTNEED`): they read as zero again.
+    ///
+    /// # Errors
+    /// [`SysError::Call`].
+    pub fn discard(&self, range: PageRange) -> Result<()> {
+        self.advise_raw(range, libc::MADV_DONTNEED)
+    }
+
+    /// Gives the kernel advice on the pages of `range` that lie in the arena.
+    ///
+    /// # Errors
+    /// [`SysError::Call`], with `EINVAL` for advice the kernel does not take.
+    pub fn advise(&self, range: PageRange, advice: Advice) -> Result<()> {
+        self.advise_raw(
+            range,
+            match advice {
+                Advice::HugePage => libc::MADV_HUGEPAGE,
+                Advice::NoHugePage => libc::MADV_NOHUGEPAGE,
+                Advice::Free => libc::MADV_FREE,
+                Advice::PageOut => libc::MADV_PAGEOUT,
+            },
+        )
+    }
+
+    /// Forbids any access to the pages of `range` that lie in the arena, or allows it again. Touching
+    /// forbidden pages ends the process with `SIGSEGV`.
+    ///
+    /// # Errors
+    /// [`SysError::Call`].
+    pub fn forbid(&self, range: PageRange, on: bool) -> Result<()> {
+        let Some((address, length)) = self.part(range) else { return Ok(()) };
+        let protection = if on { libc::PROT_NONE } else { libc::PROT_READ | libc::PROT_WRITE };
+        // SAFETY: the part lies inside the mapping that this value owns; no reference into it exists.
+        let answer = unsafe { libc::mprotect(address, length, protection) };
+        Errno::result(answer).map(drop).map_err(SysError::call("mprotect"))
+    }
+
+    /// Moves the arena to another address (mremap(2)).
+    ///
+    /// # Errors
+    /// [`SysError::Call`]; the arena is then gone or where it was, and lost to the caller in both cases.
+    pub fn relocate(self) -> Result<Self> {
+        let target = Self::map(self.bytes)?;
+        let length = to_usize(self.bytes)?;
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        let (from, to) = (self.base.as_ptr(), target.base.as_ptr());
+        // SAFETY: both mappings have this length and are owned by the two values; the one at `to` is
+        // replaced, the one at `from` goes, and `self` is forgotten below so that it is not unmapped twice.
+        let answer = unsafe { libc::mremap(from.cast(), length, length, flags, to) };
+        if answer == libc::MAP_FAILED {
+            return Err(SysError::Call { call: "mremap", errno: Errno::last() });
+        }
+        std::mem::forget(self);
+        Ok(target)
+    }
+
+    fn advise_raw(&self, range: PageRange, advice: i32) -> Result<()> {
+        let Some((address, length)) = self.part(range) else { return Ok(()) };
+        // SAFETY: the part lies inside the mapping that this value owns; no reference into it exists, and
+        // its words are atomics for which any value is valid.
+        let answer = unsafe { libc::madvise(address, length, advice) };
+        Errno::result(answer).map(drop).map_err(SysError::call("madvise"))
+    }
+
+    fn part(&self, range: PageRange) -> Option<(*mut libc::c_void, usize)> {
+        let part = self.range().intersection(range)?;
+        let offset = usize::try_from(part.start() - self.range().start()).ok()?;
+        let length = usize::try_from(part.bytes()).ok()?;
+        Some((self.base.as_ptr().wrapping_byte_add(offset).cast(), length))
+    }
+
+    fn word(&self, index: u64) -> &AtomicU64 {
+        assert!(index < self.words(), "word {index} of {}", self.words());
+        let index = usize::try_from(index).expect("a mapping's length fits a pointer");
+        // SAFETY: the index was checked against the mapping's length.
+        let word = unsafe { self.base.add(index) };
+        // SAFETY: the mapping lives as long as `self`, is aligned to a page, and is only used as atomics.
+        unsafe { word.as_ref() }
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        let Ok(length) = usize::try_from(self.bytes) else { return };
+        // SAFETY: the mapping is owned by this value, and no reference into it outlives it.
+        let answer = unsafe { libc::munmap(self.base.as_ptr().cast(), length) };
+        debug_assert_eq!(answer, 0, "munmap of a mapping we own");
+    }
+}
+
+fn to_usize(bytes: u64) -> Result<usize> {
+    usize::try_from(bytes).map_err(|_| SysError::Call { call: "mmap", errno: Errno::ENOMEM })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_survive_a_move_and_go_with_a_discard() {
+        let arena = Arena::map(3 * PAGE_BYTES).unwrap();
+        arena.store(512, 42);
+        arena.store(1024, 43);
+        let old = arena.range();
+        let arena = arena.relocate().unwrap();
+        assert_ne!(arena.range(), old);
+        assert_eq!((arena.load(512), arena.load(1024)), (42, 43));
+        arena.discard(PageRange::page_at(arena.range().start() + PAGE_BYTES)).unwrap();
+        assert_eq!((arena.load(512), arena.load(1024)), (0, 43));
+    }
+
+    #[test]
+    #[should_panic(expected = "word 512 of 512")]
+    fn a_word_outside_is_refused() {
+        Arena::map(1).unwrap().load(512);
+    }
+}
