@@ -1,0 +1,86 @@
+//! Checkpoint: an image in a directory, or a migration if that is what the path asks for.
+
+use std::{fs, path::Path, sync::Arc};
+
+use containerd_shim_protos::events::task::TaskCheckpointed;
+use godwit_protocol::MigrationRequest;
+
+use super::{
+    Container, Phase,
+    actor::{Reply, answer},
+};
+use crate::{
+    error::{Error, Result},
+    options::CheckpointOptions,
+    verb::Verb,
+};
+
+impl Container {
+    /// Checkpoints into `path`, or migrates; answers `reply`, which for a migration is before its very end.
+    pub(super) async fn checkpoint(
+        self: &Arc<Self>,
+        path: String,
+        options: CheckpointOptions,
+        reply: Reply<()>,
+    ) {
+        // `path` is what containerd made of the option, or an empty directory of its own: see `options`.
+        let asked = [&options.image_path, &path].into_iter().find(|text| MigrationRequest::is_request(text));
+        match asked.map(|text| text.parse::<MigrationRequest>()) {
+            Some(Ok(request)) => self.migrate(request, reply).await,
+            Some(Err(error)) => answer(reply, Err(error.into())),
+            None => answer(reply, self.checkpoint_to(&path, options).await),
+        }
+    }
+
+    async fn checkpoint_to(&self, path: &str, options: CheckpointOptions) -> Result<()> {
+        {
+            let state = self.lock();
+            self.not_migrating(&state, "checkpoint")?;
+            match state.phase {
+                Phase::Running | Phase::Paused => {}
+                Phase::Created | Phase::Restorable(_) => {
+                    return Err(Error::WrongState { verb: "checkpoint", state: "created", what: "task" });
+                }
+                _ => {
+                    let now = state.phase.name();
+                    return Err(Error::WrongState { verb: "checkpoint", state: now, what: "container" });
+                }
+            }
+        }
+        let image = if path.is_empty() { &options.image_path } else { path };
+        if image.is_empty() {
+            let reason = "a directory, or godwit://HOST, is needed";
+            return Err(Error::RefusedOption { name: "image_path".to_owned(), reason });
+        }
+        let image = image.to_owned();
+        let own_work = options.work_path.is_empty();
+        let work =
+            if own_work { self.bundle.join("work/criu-work") } else { options.work_path.clone().into() };
+        fs::create_dir_all(&work).map_err(Error::io(format!("make {}", work.display())))?;
+        let verb = Verb::Checkpoint(options.into_verb(image.clone().into(), work.clone()));
+        let done = self.run(verb).await;
+        let done = done.map_err(|error| self.with_dump_log(error, &work));
+        if own_work {
+            fs::remove_dir_all(&work).ok();
+        }
+        done?;
+        self.shared.events.publish(&TaskCheckpointed {
+            container_id: self.id.clone(),
+            checkpoint: image,
+            ..TaskCheckpointed::default()
+        });
+        Ok(())
+    }
+
+    /// Keeps CRIU's log where it outlives the work directory, and says where.
+    fn with_dump_log(&self, error: Error, work: &Path) -> Error {
+        let Error::Runtime { verb, message } = error else { return error };
+        let log = self.bundle.join("criu-dump.log");
+        let first = message.lines().next().unwrap_or_default();
+        match fs::copy(work.join("dump.log"), &log) {
+            Ok(_) => Error::Runtime { verb, message: format!("{first} path= {}", log.display()) },
+            // CRIU was never reached.
+            Err(_) => Error::Runtime { verb, message },
+        }
+    }
+}

@@ -1,0 +1,391 @@
+//! A migration as the source's shim sees it: a worker that does it, and a client that is told.
+//!
+//! ```text
+//! Checkpoint ─► lift the client's pause ─► worker ─progress…─► committing ─► committed ─► answer ─► release
+//!                                            │                     │
+//!                                            │ dies, fails         │ dies: the target is asked (--resolve)
+//!                                            ▼                     ▼
+//!                                      thaw, answer with the fate   finish, or thaw, or stay frozen
+//! ```
+//! Before `committing` the shim may always thaw. After it only the target's answer decides, so the container
+//! stays as it is and the shim asks again and again. A committed worker waits for `release` so that the client
+//! can fetch its report while the container is still there to ask about.
+
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
+
+use godwit_protocol::{
+    Failure, Fate, MigrationId, MigrationRequest, Phase as Stage, Report, Side,
+    worker::{Command, Ended, Event, Snapshot},
+};
+use godwit_sys::freezer::Freezer;
+use nix::{sys::signal::killpg, unistd::Pid};
+use tokio::{
+    sync::{Notify, mpsc},
+    time::{sleep, timeout},
+};
+
+use super::{
+    Container, Phase,
+    actor::{Reply, answer},
+};
+use crate::{
+    bundle,
+    cgroup::Cgroup,
+    error::{Error, Result},
+    verb::Verb,
+    worker::{Events, Order, Worker},
+};
+
+/// How long a client has to fetch its report.
+const RELEASE_LIMIT: Duration = Duration::from_secs(10);
+/// How long CRIU may take to let go of the container once its worker has died.
+const LET_GO_LIMIT: Duration = Duration::from_secs(5);
+const POLL: Duration = Duration::from_millis(20);
+const ASK_AGAIN_MIN: Duration = Duration::from_secs(1);
+const ASK_AGAIN_MAX: Duration = Duration::from_secs(30);
+
+/// What is known of a container's latest migration.
+#[derive(Debug)]
+pub(crate) struct MigrationState {
+    snapshot: Option<Snapshot>,
+    running: bool,
+    commands: Option<mpsc::UnboundedSender<Command>>,
+    release: Arc<Notify>,
+}
+
+impl MigrationState {
+    fn outgoing(snapshot: Snapshot, commands: mpsc::UnboundedSender<Command>) -> Self {
+        Self { snapshot: Some(snapshot), running: true, commands: Some(commands), release: Arc::default() }
+    }
+
+    /// Tells whether the migration has not ended.
+    pub(super) fn is_running(&self) -> bool {
+        self.running
+    }
+}
+
+/// How a worker ended.
+#[derive(Debug)]
+enum Outcome {
+    Committed(Box<Report>),
+    Failed(Failure),
+    /// Without a word about it.
+    Died {
+        status: u32,
+    },
+}
+
+impl Container {
+    /// Tells how far the latest migration is, as JSON. One that ended well is released by that.
+    pub(crate) fn migration_status(&self) -> Result<String> {
+        let never = || Error::NeverMigrated { id: self.id.clone() };
+        let state = self.lock();
+        let migration = state.migration.as_ref().ok_or_else(never)?;
+        let snapshot = migration.snapshot.as_ref().ok_or_else(never)?;
+        let json = serde_json::to_string(snapshot)
+            .map_err(|source| Error::BadJson { what: "the migration's snapshot", source })?;
+        if snapshot.ended.is_some() {
+            migration.release.notify_one();
+        }
+        Ok(json)
+    }
+
+    /// Asks the migration in progress to give up.
+    pub(crate) fn cancel_migration(&self) -> Result<()> {
+        let state = self.lock();
+        let migration =
+            state.migration.as_ref().ok_or_else(|| Error::NeverMigrated { id: self.id.clone() })?;
+        let told = match &migration.commands {
+            Some(commands) if migration.running => commands.send(Command::Cancel).is_ok(),
+            _ => false,
+        };
+        if told { Ok(()) } else { Err(Error::NotMigrating { id: self.id.clone() }) }
+    }
+
+    /// Lets a committed worker remove the source: the client has gone on.
+    pub(super) fn release_migration(&self) {
+        if let Some(migration) = &self.lock().migration {
+            migration.release.notify_one();
+        }
+    }
+
+    /// Migrates the container; answers `reply` as soon as it is known where it runs.
+    pub(super) async fn migrate(self: &Arc<Self>, mut request: MigrationRequest, reply: Reply<()>) {
+        let (commands, told) = mpsc::unbounded_channel();
+        if let Err(error) = self.begin(&mut request, commands).await {
+            return answer(reply, Err(error));
+        }
+        let (outcome, worker) = self.attempt(&request, told).await;
+        match outcome {
+            Outcome::Committed(report) => {
+                bundle::forget_committing(&self.bundle);
+                self.conclude(Ended::Well { report });
+                answer(reply, Ok(()));
+                if let Some(worker) = worker {
+                    tokio::spawn(Arc::clone(self).see_off(worker));
+                }
+            }
+            Outcome::Failed(failure) if failure.fate == Fate::Unknown => {
+                self.note(|snapshot| snapshot.ended = Some(Ended::Badly { failure: failure.clone() }));
+                answer(reply, Err(failure.into()));
+                tokio::spawn(Arc::clone(self).ask_until_known(request));
+            }
+            Outcome::Failed(failure) => {
+                bundle::forget_committing(&self.bundle);
+                self.conclude(Ended::Badly { failure: failure.clone() });
+                answer(reply, Err(failure.into()));
+            }
+            Outcome::Died { .. } => unreachable!("`attempt` makes a failure of it"),
+        }
+    }
+
+    /// Checks that the container can migrate, notes that it does, and lifts a pause.
+    async fn begin(
+        &self,
+        request: &mut MigrationRequest,
+        commands: mpsc::UnboundedSender<Command>,
+    ) -> Result<()> {
+        let migration = match request.migration.clone() {
+            Some(migration) => migration,
+            None => new_name()?,
+        };
+        request.migration = Some(migration.clone());
+        let paused = {
+            let mut state = self.lock();
+            self.not_migrating(&state, "migrate")?;
+            if !matches!(state.phase, Phase::Running | Phase::Paused) {
+                let now = state.phase.name();
+                return Err(Error::WrongState { verb: "migrate", state: now, what: "container" });
+            }
+            let snapshot = Snapshot {
+                migration,
+                id: self.id.clone(),
+                mode: request.mode,
+                phase: Stage::Connecting,
+                elapsed_ms: 0,
+                sent_bytes: 0,
+                expected_bytes: 0,
+                rate_bytes_per_s: 0,
+                ended: None,
+            };
+            state.migration = Some(MigrationState::outgoing(snapshot, commands));
+            state.phase == Phase::Paused
+        };
+        // ctr and nerdctl pause a task before they ask for its checkpoint, and resume it afterwards. A
+        // migration wants it running meanwhile; a dry run leaves it alone.
+        if paused && !request.dry_run {
+            if let Err(error) = self.thaw().await {
+                self.lock().migration = None;
+                return Err(error);
+            }
+            self.lock().resume_owed = true;
+        }
+        Ok(())
+    }
+
+    /// Runs a worker; if it dies, finds out or makes sure where the container is.
+    async fn attempt(
+        &self,
+        request: &MigrationRequest,
+        mut told: mpsc::UnboundedReceiver<Command>,
+    ) -> (Outcome, Option<Worker>) {
+        let mut worker = match self.start_worker(request, false) {
+            Ok(worker) => worker,
+            Err(error) => {
+                let cause = error.to_string();
+                return (Outcome::Failed(self.failure(Fate::RunningOnSource, cause)), None);
+            }
+        };
+        let outcome = self.follow(&mut worker, &mut told).await;
+        let Outcome::Died { status } = outcome else { return (outcome, Some(worker)) };
+        let cause = format!(
+            "the migration worker ended with status {status}; its log is {}",
+            self.bundle.join("migrate.log").display()
+        );
+        if bundle::is_committing(&self.bundle) {
+            return (self.ask_target(request, cause).await, None);
+        }
+        self.wait_for_group(worker.pid).await;
+        self.thaw_after_death().await;
+        let fate = if self.lock().init_ended { Fate::Lost } else { Fate::RunningOnSource };
+        (Outcome::Failed(self.failure(fate, cause)), None)
+    }
+
+    fn start_worker(&self, request: &MigrationRequest, resolve: bool) -> Result<Worker> {
+        let target = self.settings.record.target(&self.bundle, &self.id);
+        let work = self.bundle.join("work");
+        std::fs::create_dir_all(&work).map_err(Error::io(format!("make {}", work.display())))?;
+        let order = Order {
+            target: &target,
+            namespace: &self.shared.namespace,
+            request,
+            containerd: &self.shared.containerd,
+            work: &work,
+            resolve,
+        };
+        Worker::start(&order, &self.shared.reaper)
+    }
+
+    /// Takes in what the worker says, and passes on what it is told, until the outcome is known.
+    async fn follow(&self, worker: &mut Worker, told: &mut mpsc::UnboundedReceiver<Command>) -> Outcome {
+        loop {
+            let event = {
+                let mut next = std::pin::pin!(worker.events.next());
+                loop {
+                    tokio::select! {
+                        event = &mut next => break event,
+                        Some(command) = told.recv() => worker.commands.tell(command).await,
+                    }
+                }
+            };
+            match event {
+                Some(Event::Progress { snapshot }) => self.note(|known| *known = snapshot),
+                Some(Event::Committing) => {
+                    self.note(|known| known.phase = Stage::Committing);
+                    if let Err(error) = bundle::note_committing(&self.bundle) {
+                        log::error!("{}: {error}", self.id);
+                    }
+                }
+                Some(Event::Committed { report }) => return Outcome::Committed(report),
+                Some(Event::Failed { failure }) => return Outcome::Failed(failure),
+                Some(Event::Restored { .. }) => {}
+                None => {
+                    let status = (&mut worker.ended).await.map_or(u32::MAX, |exit| exit.status);
+                    return Outcome::Died { status };
+                }
+            }
+        }
+    }
+
+    /// Asks the target once what it decided.
+    async fn ask_target(&self, request: &MigrationRequest, cause: String) -> Outcome {
+        let unknown = |cause| Outcome::Failed(self.failure(Fate::Unknown, cause));
+        let mut worker = match self.start_worker(request, true) {
+            Ok(worker) => worker,
+            Err(error) => return unknown(format!("{cause}; {error}")),
+        };
+        let (_nobody, mut told) = mpsc::unbounded_channel();
+        match self.follow(&mut worker, &mut told).await {
+            Outcome::Died { .. } => unknown(cause),
+            known => {
+                worker.commands.tell(Command::Release).await;
+                known
+            }
+        }
+    }
+
+    /// Asks the target until it answers; the container stays frozen meanwhile.
+    async fn ask_until_known(self: Arc<Self>, request: MigrationRequest) {
+        let mut pause = ASK_AGAIN_MIN;
+        let ended = loop {
+            sleep(pause).await;
+            pause = (pause * 2).min(ASK_AGAIN_MAX);
+            let cause = "the target does not say what it decided".to_owned();
+            match self.ask_target(&request, cause).await {
+                Outcome::Committed(report) => break Ended::Well { report },
+                Outcome::Failed(failure) if failure.fate != Fate::Unknown => break Ended::Badly { failure },
+                Outcome::Failed(_) | Outcome::Died { .. } => {}
+            }
+        };
+        bundle::forget_committing(&self.bundle);
+        self.conclude(ended);
+    }
+
+    /// Lets the worker remove the source once the client has its report, and waits for its end.
+    async fn see_off(self: Arc<Self>, mut worker: Worker) {
+        let release = self.lock().migration.as_ref().map(|migration| Arc::clone(&migration.release));
+        if let Some(release) = release {
+            timeout(RELEASE_LIMIT, release.notified()).await.ok();
+        }
+        worker.commands.tell(Command::Release).await;
+        // Its pipes stay open until it has ended, so that nothing it still writes is an error to it.
+        while worker.events.next().await.is_some() {}
+        worker.ended.await.ok();
+    }
+
+    /// Gives CRIU, which sees its worker's end as a closed socket, time to let go of the container's tasks.
+    async fn wait_for_group(&self, group: i32) {
+        let gone = async {
+            while killpg(Pid::from_raw(group), None).is_ok() {
+                sleep(POLL).await;
+            }
+        };
+        if timeout(LET_GO_LIMIT, gone).await.is_err()
+            && let Err(error) = godwit_sys::process::kill_group(group)
+        {
+            log::error!("{}: failed to end what the worker left: {error}", self.id);
+        }
+    }
+
+    /// Thaws whatever way the dead worker had frozen the container.
+    async fn thaw_after_death(&self) {
+        if let Err(error) = self.run(Verb::Resume).await {
+            log::debug!("{}: nothing for the runtime to resume: {error}", self.id);
+        }
+        let directory = match &self.lock().cgroup {
+            Some(Cgroup::V1(found)) => found.get("freezer").cloned(),
+            Some(Cgroup::V2(directory)) => Some(directory.clone()),
+            None => None,
+        };
+        let Some(directory) = directory else { return };
+        if let Err(error) = Freezer::open(&directory).and_then(|freezer| freezer.thaw()) {
+            log::error!("{}: failed to thaw: {error}", self.id);
+        }
+    }
+
+    fn failure(&self, fate: Fate, cause: String) -> Failure {
+        let state = self.lock();
+        let snapshot = state.migration.as_ref().and_then(|migration| migration.snapshot.as_ref());
+        let phase = snapshot.map_or(Stage::Connecting, |snapshot| snapshot.phase);
+        Failure { side: Side::Source, phase, fate, cause }
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Snapshot)) {
+        let mut state = self.lock();
+        if let Some(snapshot) = state.migration.as_mut().and_then(|migration| migration.snapshot.as_mut()) {
+            change(snapshot);
+        }
+    }
+
+    fn conclude(&self, ended: Ended) {
+        self.note(|snapshot| snapshot.ended = Some(ended));
+        if let Some(migration) = &mut self.lock().migration {
+            migration.running = false;
+            migration.commands = None;
+        }
+    }
+
+    /// Follows the events of the worker that restores this container from another host.
+    pub(super) fn watch_incoming(self: &Arc<Self>, reader: OwnedFd) -> Result<()> {
+        let mut events = Events::new(reader)?;
+        let container = Arc::clone(self);
+        self.lock().migration =
+            Some(MigrationState { snapshot: None, running: true, commands: None, release: Arc::default() });
+        tokio::spawn(async move {
+            while let Some(event) = events.next().await {
+                let mut state = container.lock();
+                let Some(migration) = &mut state.migration else { break };
+                match event {
+                    Event::Progress { snapshot } => migration.snapshot = Some(snapshot),
+                    Event::Failed { failure } => {
+                        if let Some(snapshot) = &mut migration.snapshot {
+                            snapshot.ended = Some(Ended::Badly { failure });
+                        }
+                    }
+                    Event::Restored { .. } | Event::Committing | Event::Committed { .. } => {}
+                }
+            }
+            if let Some(migration) = &mut container.lock().migration {
+                migration.running = false;
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Returns a name that no other migration has.
+fn new_name() -> Result<MigrationId> {
+    const SOURCE: &str = "/proc/sys/kernel/random/uuid";
+    let name = std::fs::read_to_string(SOURCE).map_err(Error::io(format!("read {SOURCE}")))?;
+    Ok(MigrationId::try_from(name.trim().to_owned())?)
+}

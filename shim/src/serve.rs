@@ -1,0 +1,114 @@
+//! The serving process: one thread, one socket, until containerd says Shutdown.
+//!
+//! Everything runs on one thread. That keeps the shim small, makes fork and descriptors predictable (no other
+//! thread opens one between them), and costs nothing: a shim waits. What may block goes to tokio's pool.
+
+use std::{env, fs, os::fd::AsFd, os::unix::net::UnixListener, sync::Arc};
+
+use containerd_shim::Flags;
+use containerd_shim_protos::shim_async::create_task;
+use godwit_api::create_migrate;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+use ttrpc::r#async::{Server, transport::Listener};
+
+use crate::{
+    bootstrap::{TTRPC_ADDRESS, socket_path},
+    container::Shared,
+    error::{Error, Result},
+    events::Publisher,
+    reaper::Reaper,
+    service::{MigrateService, Service, TaskService},
+};
+
+const TASK_V2: &str = "containerd.task.v2.Task";
+const TASK_V3: &str = "containerd.task.v3.Task";
+
+/// Serves on the socket that is standard input, until Shutdown.
+///
+/// # Errors
+/// Whatever keeps it from serving.
+pub(crate) fn serve(flags: &Flags) -> Result<()> {
+    crate::stdio::reserve_descriptors().map_err(Error::io("reserve descriptors"))?;
+    init_log(flags);
+    godwit_sys::process::set_subreaper(true)
+        .map_err(std::io::Error::other)
+        .map_err(Error::io("become the subreaper"))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(4)
+        .thread_stack_size(256 << 10)
+        .build()
+        .map_err(Error::io("start the runtime"))?;
+    let served = runtime.block_on(run(flags));
+    fs::remove_file(socket_path(&flags.socket)).ok();
+    // What still runs in the pool is not waited for.
+    runtime.shutdown_background();
+    served
+}
+
+async fn run(flags: &Flags) -> Result<()> {
+    let listener = inherited_listener()?;
+    let containerd_ttrpc = env::var(TTRPC_ADDRESS).unwrap_or_else(|_| format!("{}.ttrpc", flags.address));
+    let reaper = Arc::new(Reaper::default());
+    reaper.run().map_err(Error::io("wait for children"))?;
+    ignore_termination()?;
+    let shared = Shared {
+        namespace: flags.namespace.clone(),
+        containerd: flags.address.clone(),
+        socket: flags.socket.clone(),
+        reaper,
+        events: Publisher::connect(containerd_ttrpc, &flags.namespace),
+    };
+    let events = shared.events.clone();
+    let (shutdown, mut wanted) = watch::channel(false);
+    let mut server = server(listener, &Service::new(shared, shutdown));
+    server.start().await.map_err(std::io::Error::other).map_err(Error::io("serve"))?;
+    wanted.wait_for(|wanted| *wanted).await.ok();
+    events.flush().await;
+    server.shutdown().await.ok();
+    Ok(())
+}
+
+fn inherited_listener() -> Result<Listener> {
+    let stdin = std::io::stdin().as_fd().try_clone_to_owned().map_err(Error::io("take the socket"))?;
+    let listener = UnixListener::from(stdin);
+    // Standard input stays open otherwise, and with it the socket.
+    let null = fs::File::open("/dev/null").map_err(Error::io("open /dev/null"))?;
+    nix::unistd::dup2_stdin(&null).map_err(Error::errno("replace stdin"))?;
+    Listener::try_from(listener).map_err(Error::io("take the socket"))
+}
+
+fn server(listener: Listener, service: &Arc<Service>) -> Server {
+    let task = || create_task(Arc::new(TaskService(Arc::clone(service))));
+    let mut older = task();
+    // Version 3 is a renamed copy of version 2, and handlers do not look at the name.
+    if let Some(methods) = older.remove(TASK_V3) {
+        older.insert(TASK_V2.to_owned(), methods);
+    }
+    Server::new()
+        .add_listener(listener)
+        .register_service(task())
+        .register_service(older)
+        .register_service(create_migrate(Arc::new(MigrateService(Arc::clone(service)))))
+}
+
+/// A shim outlives whoever asks it politely to end: its containers would be orphans.
+fn ignore_termination() -> Result<()> {
+    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+        let mut signals = signal(kind).map_err(Error::io("handle signals"))?;
+        tokio::spawn(async move {
+            while signals.recv().await.is_some() {
+                log::debug!("ignoring a signal to end");
+            }
+        });
+    }
+    Ok(())
+}
+
+/// Logs to containerd's own log by the FIFO it made in the bundle; without it, not at all.
+fn init_log(flags: &Flags) {
+    containerd_shim::logger::init(flags.debug, "info", &flags.namespace, &flags.id).ok();
+}
