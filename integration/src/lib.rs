@@ -22,6 +22,7 @@ pub mod image;
 pub mod node;
 pub mod process;
 pub mod skip;
+pub mod suite;
 pub mod tools;
 
 pub use bed::{Bed, BedOptions, Storage};

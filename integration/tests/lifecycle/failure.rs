@@ -1,0 +1,96 @@
+//! What goes wrong: programs that do not exist, a shim that is killed, a containerd that goes and comes back.
+
+use std::fs;
+use std::path::Path;
+
+use containerd_client::types::v1::Status;
+use godwit_integration::NodeName;
+use godwit_integration::case;
+use godwit_integration::process::Daemon;
+use godwit_integration::suite::{Case, Outcome, Site, Stage, Trouble, await_that};
+use nix::sys::signal::Signal;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case!(missing_program_is_named_and_nothing_stays),
+        case!(missing_network_namespace_is_an_error_and_nothing_stays),
+        case!(killed_shim_leaves_nothing_after_deletion),
+        case!(containers_live_on_while_containerd_restarts).alone(),
+    ]
+}
+
+fn missing_program_is_named_and_nothing_stays(stage: &Stage) -> Outcome {
+    let plan = stage.a.plan("missing");
+    let id = plan.id().to_owned();
+    let text = plan.run_to_end(&["no-such-program"])?.refused()?;
+    assert!(text.contains("no-such-program"), "{text}");
+    assert!(!stage.a.ctr(&["tasks", "list", "--quiet"])?.lines().any(|line| line == id));
+    Ok(())
+}
+
+fn missing_network_namespace_is_an_error_and_nothing_stays(stage: &Stage) -> Outcome {
+    let plan = stage.a.plan("bad-netns").flags(&["--with-ns", "network:/run/no-such-namespace"]);
+    let text = plan.run_to_end(&["true"])?.refused()?;
+    assert!(text.contains("no-such-namespace") || text.contains("no such file"), "{text}");
+    Ok(())
+}
+
+/// Kills the shim of a running container, and expects containerd to notice, to end the container, and to let
+/// go of all that was its.
+fn killed_shim_leaves_nothing_after_deletion(stage: &Stage) -> Outcome {
+    let container = stage.a.plan("orphaned").run(&["sh", "-c", "sleep 1000 & sleep 1001"])?;
+    let id = container.id().to_owned();
+    let init = container.pid()?;
+    let bundle = stage.a.node().path(format!("/run/containerd/io.containerd.runtime.v2.task/default/{id}"));
+    assert!(bundle.exists());
+    shim_of(&stage.a, &id)?.signal(Signal::SIGKILL);
+    await_that("the container's init is gone", || !is_running(init))?;
+    stage.a.events.await_one(&id, "exit")?;
+    // The task may have gone already by itself.
+    stage.a.try_ctr(&["tasks", "delete", "--force", &id])?;
+    await_that("the task is gone", || container.state().is_ok_and(|state| state.is_none()))?;
+    await_that("the bundle is gone", || !bundle.exists())?;
+    stage.a.ctr(&["containers", "delete", &id])?;
+    Ok(())
+}
+
+fn containers_live_on_while_containerd_restarts(stage: &Stage) -> Outcome {
+    let container = stage.b.plan("survivor").run(&["sleep", "1000"])?;
+    let ended = stage.b.plan("ended-meanwhile").run(&["sleep", "1001"])?;
+    let (pid, other) = (container.pid()?, ended.pid()?);
+    stage.b.node().stop_containerd();
+    assert!(is_running(pid));
+    kill(other);
+    await_that("the other has ended", || !is_running(other))?;
+    stage.bed().start_containerd(NodeName::B)?;
+    assert_eq!((container.pid()?, container.state()?), (pid, Some(Status::Running)));
+    assert_eq!(container.exec(&["echo", "still here"])?.ok()?, "still here\n");
+    // A containerd that finds a container ended may delete its task at once, as 2.1 does.
+    await_that("the other is seen to have ended", || {
+        ended.state().is_ok_and(|state| matches!(state, None | Some(Status::Stopped)))
+    })?;
+    container.stop()
+}
+
+/// Returns the shim of a container: the process that was started with its id.
+fn shim_of(site: &Site, id: &str) -> Result<Daemon, Trouble> {
+    let is_shim = |pid: &i32| {
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = line.split('\0');
+        words.next().is_some_and(|program| program.contains("containerd-shim"))
+            && words.any(|word| word == id)
+    };
+    let shim = site.node().cgroups().processes().into_iter().find(is_shim).and_then(Daemon::of);
+    shim.ok_or_else(|| Trouble::Garbled { what: "the shim of", text: id.to_owned() })
+}
+
+fn kill(pid: u32) {
+    if let Some(process) = i32::try_from(pid).ok().and_then(Daemon::of) {
+        process.signal(Signal::SIGKILL);
+    }
+}
+
+fn is_running(pid: u32) -> bool {
+    let status = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("status"));
+    status.is_ok_and(|status| !status.contains("State:\tZ"))
+}
