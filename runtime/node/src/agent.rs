@@ -290,3 +290,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A source asks within minutes; a week outlasts every weekend.
 const RECORD_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
+
+#[cfg(test)]
+mod tests;

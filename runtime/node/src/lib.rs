@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+mod ask;
 pub mod cleanup;
 pub mod client;
 pub mod content;

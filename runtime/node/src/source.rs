@@ -97,6 +97,21 @@ impl Source {
         Ok((runtime, state))
     }
 
+    /// Tells whether the source is cleaned up: no task, and unless `keep` is set no container.
+    ///
+    /// # Errors
+    /// A failed call.
+    pub fn is_gone(&self, keep: bool) -> Result<bool, NodeError> {
+        if self.task()?.is_some() {
+            return Ok(false);
+        }
+        match self.container() {
+            Ok(_) => Ok(keep),
+            Err(error) if error.is_not_found() => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
     fn offer_of(
         &self,
         container: Container,

@@ -14,6 +14,9 @@ mod observe;
 mod paths;
 pub mod preflight;
 
+#[cfg(test)]
+pub(crate) use preflight::sample_offer;
+
 pub use arrival::{Arrival, IncomingTask};
 pub use journal::{end_task_of, recover};
 pub use observe::observe;

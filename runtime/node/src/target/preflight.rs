@@ -243,3 +243,5 @@ const INSTRUCTION_SETS: &[&str] = &[
 #[cfg(test)]
 #[path = "preflight_tests.rs"]
 mod tests;
+#[cfg(test)]
+pub(crate) use tests::offer as sample_offer;

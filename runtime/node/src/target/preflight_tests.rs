@@ -19,7 +19,7 @@ fn facts() -> NodeFacts {
     }
 }
 
-fn offer() -> Offer {
+pub(crate) fn offer() -> Offer {
     let digest = format!("sha256:{}", "a".repeat(64));
     Offer {
         migration: "m-1".to_owned().try_into().unwrap(),

@@ -1,0 +1,182 @@
+//! The connection handler against peers that behave badly, without a containerd.
+
+use std::{
+    io::{Read, Write},
+    net::{Ipv4Addr, TcpListener, TcpStream},
+    thread,
+};
+
+use godwit_engine::{
+    decision::Record,
+    link::{Link, LinkError},
+};
+use godwit_protocol::{
+    fate::{Decision, FateAnswer},
+    offer::Offer,
+    wire::{FrameHeader, Hello, Kind, Message, RejectCode},
+};
+
+use super::*;
+use crate::target::sample_offer;
+
+struct Host {
+    shared: Arc<Shared>,
+    directory: tempfile::TempDir,
+}
+
+impl Host {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let shared = Shared {
+            containerd: directory.path().join("no-containerd.sock"),
+            directory: directory.path().to_owned(),
+            state: Mutex::default(),
+        };
+        Self { shared: Arc::new(shared), directory }
+    }
+
+    /// Serves one connection, of which `peer` has the other end.
+    fn serve<T>(&self, peer: impl FnOnce(TcpStream) -> T) -> (T, Result<(), connection::ConnectionError>) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let seat = Seat::take(&self.shared).unwrap();
+        let served = thread::spawn(move || connection::serve(&seat, listener.accept().unwrap().0));
+        let told = peer(TcpStream::connect(address).unwrap());
+        (told, served.join().expect("a peer must not make the agent panic"))
+    }
+
+    /// Sends one message and returns the answer.
+    fn ask(&self, message: &Message<'_>) -> (u16, String, Result<(), connection::ConnectionError>) {
+        let ((code, detail), served) = self.serve(|socket| {
+            let mut link = Link::accept(socket).unwrap();
+            link.send(message).unwrap();
+            match link.receive().unwrap() {
+                Message::Reject(reject) => (reject.code, reject.detail),
+                other => panic!("{other:?}"),
+            }
+        });
+        (code, detail, served)
+    }
+}
+
+/// A generator that is good enough to reach every branch of a parser (xorshift64).
+struct Dice(u64);
+
+impl Dice {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn bytes(&mut self, len_max: u64) -> Vec<u8> {
+        let len = self.next() % len_max;
+        (0..len).map(|_| self.next().to_le_bytes()[0]).collect()
+    }
+}
+
+/// Goal: whatever a peer sends, the handler ends with an error and the peer reads the end of the connection.
+/// Method: garbage from the first byte on, after a good hello, and in frames with good headers and checksums.
+#[test]
+fn random_bytes_end_a_connection_and_nothing_else() {
+    let host = Host::new();
+    for seed in 1..=150 {
+        let mut dice = Dice(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
+        let mut bytes = Vec::new();
+        if !seed.is_multiple_of(3) {
+            bytes.extend(Hello::OURS.to_bytes());
+        }
+        if seed.is_multiple_of(2) {
+            let payload = dice.bytes(60);
+            let kind = Kind::ALL[usize::try_from(dice.next()).unwrap_or(0) % Kind::ALL.len()];
+            if let Ok(header) = FrameHeader::seal(kind, 0, &payload, &[]) {
+                bytes.extend(header.to_bytes());
+                bytes.extend(payload);
+            }
+        }
+        // At least a header's length: who leaves before that has only looked whether somebody listens.
+        bytes.extend([seed.to_le_bytes()[0]; 16]);
+        bytes.extend(dice.bytes(300));
+        let (_, served) = host.serve(|mut socket| {
+            drop(socket.write_all(&bytes));
+            drop(socket.shutdown(std::net::Shutdown::Write));
+            drop(socket.read_to_end(&mut Vec::new()));
+        });
+        assert!(served.is_err(), "seed {seed}: {bytes:?}");
+    }
+    assert_eq!(host.shared.state().connections, 0);
+    assert!(host.shared.state().links.is_empty());
+}
+
+#[test]
+fn a_probe_is_no_error() {
+    let (_, served) = Host::new().serve(|socket| drop(Link::accept(socket).unwrap()));
+    served.unwrap();
+}
+
+#[test]
+fn a_message_out_of_place_is_rejected_by_name() {
+    let (code, detail, served) = Host::new().ask(&Message::Commit);
+    assert_eq!(code, RejectCode::Protocol as u16);
+    assert!(detail.contains("Commit"), "{detail}");
+    assert!(matches!(served, Err(connection::ConnectionError::Link(LinkError::Unexpected { .. }))));
+}
+
+#[test]
+fn an_offer_is_declined_when_containerd_is_not_there() {
+    let (code, detail, served) = Host::new().ask(&Message::Offer(Box::new(sample_offer())));
+    assert_eq!(code, RejectCode::Containerd as u16);
+    assert!(detail.contains("no-containerd.sock"), "{detail}");
+    assert!(matches!(served, Err(connection::ConnectionError::Declined(_))));
+}
+
+#[test]
+fn names_that_are_paths_are_refused_before_they_are_used() {
+    let host = Host::new();
+    let mut offer: Offer = sample_offer();
+    offer.container.namespace = "../../x".to_owned();
+    let (code, detail, _) = host.ask(&Message::Offer(Box::new(offer)));
+    assert_eq!(code, RejectCode::Protocol as u16);
+    assert!(detail.contains("../../x"), "{detail}");
+    assert_eq!(fs::read_dir(host.directory.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn the_fate_is_what_the_record_says() {
+    let host = Host::new();
+    let ask = |name: &str| {
+        let migration: MigrationId = name.to_owned().try_into().unwrap();
+        let (answer, served) = host.serve(|socket| {
+            let mut link = Link::accept(socket).unwrap();
+            link.send(&Message::FateQuery { migration }).unwrap();
+            match link.receive().unwrap() {
+                Message::FateAnswer(answer) => answer,
+                other => panic!("{other:?}"),
+            }
+        });
+        served.unwrap();
+        answer
+    };
+    assert_eq!(ask("never-heard-of"), FateAnswer::NotHere);
+    let record = Record::of(host.directory.path(), &"m".to_owned().try_into().unwrap());
+    record.decide(Decision::Committed).unwrap();
+    record.decide(Decision::Resumed).unwrap();
+    assert_eq!(ask("m"), FateAnswer::Here);
+    record.decide(Decision::Aborted).unwrap();
+    assert_eq!(ask("m"), FateAnswer::Here);
+}
+
+#[test]
+fn seats_and_names_are_given_back() {
+    let host = Host::new();
+    let seats: Vec<Seat> = (0..CONNECTIONS_MAX).map(|_| Seat::take(&host.shared).unwrap()).collect();
+    assert!(Seat::take(&host.shared).is_none());
+    let name: MigrationId = "m".to_owned().try_into().unwrap();
+    let claim = Claim::take(&seats[0], &name).unwrap();
+    assert!(Claim::take(&seats[1], &name).is_none());
+    drop(claim);
+    assert!(Claim::take(&seats[1], &name).is_some());
+    drop(seats);
+    assert!(Seat::take(&host.shared).is_some());
+}
