@@ -40,6 +40,7 @@ use nix::errno::Errno;
 
 use crate::SysError;
 use crate::foreign_fd;
+use crate::foreign_scan::group;
 use crate::pidfd::PidFd;
 use tracee::Tracee;
 
@@ -299,17 +300,11 @@ impl Status {
         };
         Ok(Self {
             state: field("State").chars().next().unwrap_or('?'),
-            tracer: field("TracerPid").parse().map_or(0, group),
+            // A thread traces, a user looks for a process.
+            tracer: field("TracerPid").parse().map_or(0, |thread| group(thread).unwrap_or(thread)),
             filtered: !matches!(field("Seccomp"), "0" | ""),
         })
     }
-}
-
-/// The process that the thread `thread` belongs to: what traces is a thread, what a user looks for a process.
-fn group(thread: i32) -> i32 {
-    let text = fs::read_to_string(format!("/proc/{thread}/status")).unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("Tgid:"));
-    line.and_then(|value| value.trim().parse().ok()).unwrap_or(thread)
 }
 
 const USER_MODE_ONLY: u64 = 1;

@@ -12,9 +12,11 @@
 //! - [`netns`]: the loopback device of a namespace
 //! - [`keyring`], [`signals`]: what a container's process must not inherit
 //! - [`terminal`]: window sizes
+//! - [`fork`]: fork(2) where it is sound
 //! - [`process`]: subreaper, groups, children
 //! - [`userfaultfd`], [`pagemap_scan`]: page faults and written pages of an address space
 //! - [`inject`], [`foreign_memory`], [`foreign_fd`]: a userfaultfd, memory and descriptors of another process
+//! - [`seccomp_notify`], [`foreign_scan`]: a page scan of a child, answered in the kernel's place
 //! - [`arena`], [`window`], [`page_range`]: memory that the kernel changes, memory it copies from, addresses
 
 pub mod arena;
@@ -22,6 +24,8 @@ pub mod error;
 pub mod fdpass;
 pub mod foreign_fd;
 pub mod foreign_memory;
+pub mod foreign_scan;
+pub mod fork;
 pub mod freezer;
 pub mod inject;
 pub mod keyring;
@@ -33,6 +37,7 @@ pub mod page_range;
 pub mod pagemap_scan;
 pub mod pidfd;
 pub mod process;
+pub mod seccomp_notify;
 pub mod signals;
 pub mod spawn;
 pub mod terminal;
