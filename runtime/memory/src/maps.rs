@@ -1,0 +1,187 @@
+//! What a process has mapped, and what of it godwit answers for.
+//!
+//! CRIU restores lazily what is private, anonymous, not locked and not made of huge pages of hugetlbfs; all
+//! else, shared memory and private copies of file pages above all, travels in its images. So the same rule
+//! decides here what is followed and what may be hidden from it. The main stack and the pages under the
+//! stack pointers are followed, but stay CRIU's as well: it restores them eagerly.
+//!
+//! Sources: proc(5); CRIU 4.1.1 criu/include/vma.h (`vma_entry_can_be_lazy`) and criu/mem.c (`is_stack`).
+
+use std::fs;
+use std::path::PathBuf;
+
+use godwit_sys::SysError;
+use godwit_sys::page_range::PageRange;
+
+use crate::{MemoryError, PageSet, Result};
+
+/// One line of `/proc/PID/maps`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mapping {
+    /// Where it lies.
+    pub range: PageRange,
+    /// Whether it belongs to this process alone and to no file.
+    pub private_anonymous: bool,
+    /// `[heap]`, `[stack]`, a path, or nothing.
+    pub name: String,
+}
+
+/// Reads the mappings of `pid`, in order of address.
+///
+/// # Errors
+/// [`SysError::NoProcess`] when it has ended, [`MemoryError::File`], [`MemoryError::Line`].
+pub fn read(pid: i32) -> Result<Vec<Mapping>> {
+    let path = PathBuf::from(format!("/proc/{pid}/maps"));
+    let text = read_file(pid, &path)?;
+    text.lines()
+        .map(|line| parse(line).ok_or_else(|| MemoryError::Line { path: path.clone(), line: line.into() }))
+        .collect()
+}
+
+/// The private anonymous memory of `pid`: what trackers follow.
+///
+/// # Errors
+/// As [`read`].
+pub fn private_anonymous(pid: i32) -> Result<Vec<PageRange>> {
+    Ok(read(pid)?
+        .into_iter()
+        .filter(|mapping| mapping.private_anonymous)
+        .map(|mapping| mapping.range)
+        .collect())
+}
+
+/// The memory of `pid` that CRIU registers for lazy restore, and that may therefore be hidden from its dump:
+/// private, anonymous, not locked, not the main stack, not under a thread's stack pointer.
+///
+/// Stack pointers are read as they are now: call it on a frozen process.
+///
+/// # Errors
+/// As [`read`].
+pub fn lazy(pid: i32) -> Result<PageSet> {
+    let candidates: PageSet = read(pid)?
+        .into_iter()
+        .filter(|mapping| mapping.private_anonymous && mapping.name != "[stack]")
+        .map(|mapping| mapping.range)
+        .collect();
+    Ok(candidates.difference(&locked(pid)?).difference(&stack_pointers(pid)?))
+}
+
+/// Memory locked by mlock(2) and its kin. Reading smaps takes some 15 ms per GiB, so it is only done when the
+/// process has any.
+fn locked(pid: i32) -> Result<PageSet> {
+    let status = read_file(pid, &PathBuf::from(format!("/proc/{pid}/status")))?;
+    let has_none = status.lines().any(|line| line.starts_with("VmLck:") && line.ends_with(" 0 kB"));
+    if has_none {
+        return Ok(PageSet::new());
+    }
+    let mut found = PageSet::new();
+    let mut current = None;
+    for line in read_file(pid, &PathBuf::from(format!("/proc/{pid}/smaps")))?.lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if flags.split_ascii_whitespace().any(|flag| flag == "lo") {
+                found.extend(current);
+            }
+        } else if let Some(mapping) = parse(line) {
+            current = Some(mapping.range);
+        }
+    }
+    Ok(found)
+}
+
+/// The pages that the stack pointers of all threads are in.
+fn stack_pointers(pid: i32) -> Result<PageSet> {
+    let path = PathBuf::from(format!("/proc/{pid}/task"));
+    let mut pages = Vec::new();
+    for entry in fs::read_dir(&path).map_err(MemoryError::file(&path))? {
+        let entry = entry.map_err(MemoryError::file(&path))?;
+        // A thread that ended since has no stack any more.
+        let Ok(text) = fs::read_to_string(entry.path().join("syscall")) else { continue };
+        // "NUMBER ARGUMENTS... SP PC", "-1 SP PC", or "running".
+        let pointer = text.split_ascii_whitespace().rev().nth(1).and_then(|word| word.strip_prefix("0x"));
+        if let Some(pointer) = pointer.and_then(|digits| u64::from_str_radix(digits, 16).ok()) {
+            pages.push(PageRange::page_at(pointer));
+        }
+    }
+    pages.sort_unstable();
+    Ok(pages.into_iter().collect())
+}
+
+/// One line of maps; `None` for anything else.
+fn parse(line: &str) -> Option<Mapping> {
+    let mut rest = line;
+    let mut field = || {
+        let start = rest.trim_start_matches(' ');
+        let (field, tail) = start.split_at(start.find(' ').unwrap_or(start.len()));
+        rest = tail;
+        field
+    };
+    let (start, end) = field().split_once('-')?;
+    let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+    let permissions = field();
+    let (_offset, device, inode) = (field(), field(), field());
+    let name = rest.trim_start_matches(' ').to_owned();
+    if permissions.len() != 4 || !device.contains(':') {
+        return None;
+    }
+    let kernels = name.starts_with("[v") || name == "[uprobes]";
+    let private_anonymous = permissions.ends_with('p') && inode == "0" && device == "00:00" && !kernels;
+    Some(Mapping { range: PageRange::new(start, end)?, private_anonymous, name })
+}
+
+fn read_file(pid: i32, path: &PathBuf) -> Result<String> {
+    match fs::read(path) {
+        // A file's name may be any bytes.
+        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {
+            Err(SysError::NoProcess { pid }.into())
+        }
+        Err(error) => Err(MemoryError::file(path)(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use godwit_sys::arena::Arena;
+
+    use super::*;
+
+    #[test]
+    fn lines_of_every_kind_are_told_apart() {
+        let kind = |line| parse(line).map(|mapping| (mapping.private_anonymous, mapping.name));
+        let is = |anonymous, name: &str| Some((anonymous, name.to_owned()));
+        assert_eq!(kind("7f0000000000-7f0000021000 rw-p 00000000 00:00 0 "), is(true, ""));
+        assert_eq!(
+            kind("55d000-55e000 rw-p 00000000 00:00 0                          [heap]"),
+            is(true, "[heap]")
+        );
+        assert_eq!(
+            kind("7ffd1000-7ffd3000 r-xp 00000000 00:00 0                  [vdso]"),
+            is(false, "[vdso]")
+        );
+        assert_eq!(
+            kind("7f0000-7f1000 rw-p 00002000 fe:00 123    /usr/lib/a b.so"),
+            is(false, "/usr/lib/a b.so")
+        );
+        assert_eq!(
+            kind("7f0000-7f1000 rw-s 00000000 00:01 99 /dev/zero (deleted)"),
+            is(false, "/dev/zero (deleted)")
+        );
+        assert_eq!(
+            kind("7f000000-7f200000 rw-p 00000000 00:0f 7 /anon_hugepage (deleted)"),
+            is(false, "/anon_hugepage (deleted)")
+        );
+        assert_eq!(parse("Rss:                 132 kB"), None);
+        assert_eq!(parse("VmFlags: rd wr mr mw me gd ac"), None);
+    }
+
+    #[test]
+    fn own_memory_is_found_and_the_stack_is_left_to_criu() {
+        let arena = Arena::map(8 * 4096).unwrap();
+        let own = i32::try_from(std::process::id()).unwrap();
+        assert!(lazy(own).unwrap().contains(arena.range().start()));
+        let stack = read(own).unwrap().into_iter().find(|mapping| mapping.name == "[stack]").unwrap();
+        assert!(private_anonymous(own).unwrap().contains(&stack.range));
+        assert!(!lazy(own).unwrap().contains(stack.range.start()));
+        assert!(matches!(read(i32::MAX), Err(MemoryError::Sys(SysError::NoProcess { .. }))));
+    }
+}
