@@ -10,8 +10,8 @@
 //!
 //! - [`create`], [`lifecycle`], [`exec`]: the verbs that change something
 //! - [`state`]: what is on disk, and the status derived from it
-//! - [`checkpoint`], [`restore`]: the container into CRIU's images and out of them
-//! - [`report`]: what the verbs print
+//! - [`update`]: new limits
+//! - [`report`], [`stats`]: what the verbs print
 //! - [`cgroup`], [`trace`]: what the verbs share
 
 #![forbid(unsafe_code)]
@@ -28,7 +28,9 @@ mod process;
 pub mod report;
 pub mod restore;
 pub mod state;
+pub mod stats;
 pub mod trace;
+pub mod update;
 
 pub use error::{ContainerError, Result};
 pub use state::{Status, Store, Stored};

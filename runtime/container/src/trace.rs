@@ -27,13 +27,23 @@ pub fn install() {
 }
 
 /// The first error reported since [`install`]: the innermost, as each layer reports after the one below.
+///
+/// Some layers say no more than "syscall" where a later one has the error number: that is added.
 pub(crate) fn first_error() -> Option<String> {
     let file = ERRORS.get()?;
-    let mut buffer = [0; LINE_BYTES_MAX];
+    let mut buffer = [0; ERRORS_BYTES_MAX];
     let length = file.read_at(&mut buffer, 0).ok()?;
-    let text = String::from_utf8_lossy(&buffer[..length]);
+    cause_in(&String::from_utf8_lossy(&buffer[..length]))
+}
+
+fn cause_in(text: &str) -> Option<String> {
     let line = text.lines().next()?.trim();
-    (!line.is_empty()).then(|| line.to_owned())
+    let errno = text.split_once("Nix(").and_then(|(_, rest)| rest.split_once(')')).map(|(name, _)| name);
+    match errno {
+        _ if line.is_empty() => None,
+        Some(errno) if !line.contains(errno) => Some(format!("{line}: {errno}")),
+        _ => Some(line.to_owned()),
+    }
 }
 
 #[derive(Debug)]
@@ -104,4 +114,17 @@ impl Visit for Line {
     }
 }
 
-const LINE_BYTES_MAX: usize = 2048;
+const ERRORS_BYTES_MAX: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_innermost_error_gets_its_number() {
+        let text = "failed to mount x: syscall\nfailed to prepare rootfs: err=Mount(Syscall(Nix(ENODEV)))\n";
+        assert_eq!(cause_in(text).unwrap(), "failed to mount x: syscall: ENODEV");
+        assert_eq!(cause_in("failed: err=Nix(EPERM)\n").unwrap(), "failed: err=Nix(EPERM)");
+        assert_eq!(cause_in(""), None);
+    }
+}
