@@ -72,6 +72,14 @@ pub(crate) enum Command {
     Resume(commands::resume::Resume),
     Checkpoint(Box<commands::checkpoint::Checkpoint>),
     Restore(Box<commands::restore::Restore>),
+    Update(Box<commands::update::Update>),
+    Events(commands::events::Events),
+    List(commands::list::List),
+    Run(commands::run::Run),
+    Spec(commands::spec::Spec),
+    Features(commands::features::Features),
+    Migrate(Box<commands::migrate::Migrate>),
+    Agent(commands::agent::Agent),
 }
 
 #[cfg(test)]

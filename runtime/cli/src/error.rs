@@ -26,6 +26,9 @@ pub(crate) enum CliError {
     /// A system call failed.
     #[error(transparent)]
     Sys(#[from] godwit_sys::SysError),
+    /// containerd, or the agent beside it, said no.
+    #[error(transparent)]
+    Node(#[from] godwit_node::NodeError),
     /// An argument does not make sense.
     #[error("{0}")]
     Usage(String),

@@ -38,7 +38,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Help and version are answers; everything else about the arguments is an error with runc's exit code.
+/// Help and version are answers; everything else about the arguments is an error with runc's exit code,
+/// or `migrate`'s.
 fn refuse(error: &clap::Error) -> ExitCode {
     let answer = matches!(
         error.kind(),
@@ -48,5 +49,10 @@ fn refuse(error: &clap::Error) -> ExitCode {
     );
     // Nobody is left to tell when stdout or stderr is closed.
     drop(error.print());
-    if answer { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    match answer {
+        true => ExitCode::SUCCESS,
+        // Its exit codes are its own: 1 says that the container runs as before.
+        false if std::env::args().skip(1).any(|arg| arg == "migrate") => ExitCode::from(2),
+        false => ExitCode::FAILURE,
+    }
 }

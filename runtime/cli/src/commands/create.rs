@@ -43,6 +43,12 @@ pub(crate) struct From {
 }
 
 impl From {
+    /// Whether the bundle's process wants a terminal; an unreadable bundle is reported by `create`.
+    pub(crate) fn wants_terminal(&self) -> bool {
+        let spec = oci_spec::runtime::Spec::load(self.bundle.join("config.json")).ok();
+        spec.and_then(|spec| spec.process().as_ref()?.terminal()).unwrap_or(false)
+    }
+
     pub(crate) fn options(&self, globals: &Globals, detach: bool) -> CreateOptions {
         CreateOptions {
             bundle: self.bundle.clone(),

@@ -1,17 +1,25 @@
 //! The verbs, one file each. A verb is a struct of its arguments (its doc comment is its help) with a method
 //! `run`, which returns the exit code.
 
+pub(crate) mod agent;
 pub(crate) mod checkpoint;
 pub(crate) mod create;
 pub(crate) mod delete;
+pub(crate) mod events;
 pub(crate) mod exec;
+pub(crate) mod features;
 pub(crate) mod kill;
+pub(crate) mod list;
+pub(crate) mod migrate;
 pub(crate) mod pause;
 pub(crate) mod ps;
 pub(crate) mod restore;
 pub(crate) mod resume;
+pub(crate) mod run;
+pub(crate) mod spec;
 pub(crate) mod start;
 pub(crate) mod state;
+pub(crate) mod update;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -39,6 +47,14 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Resume(verb) => verb.run(&store),
         Command::Checkpoint(verb) => verb.run(&store),
         Command::Restore(verb) => verb.run(&store, globals),
+        Command::Update(verb) => verb.run(&store),
+        Command::Events(verb) => verb.run(&store),
+        Command::List(verb) => verb.run(&store),
+        Command::Run(verb) => verb.run(&store, globals),
+        Command::Spec(verb) => verb.run(),
+        Command::Features(verb) => verb.run(),
+        Command::Migrate(verb) => verb.run(),
+        Command::Agent(verb) => verb.run(),
     }
 }
 

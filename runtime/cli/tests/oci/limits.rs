@@ -1,0 +1,55 @@
+//! update, events and what the cgroup says.
+
+use std::io::Write;
+use std::process::Stdio;
+
+use serde_json::{Value, json};
+
+use crate::bed::Bed;
+
+mod tests {
+    crate::against_both!(limits_are_updated, usage_is_printed_as_one_line_of_json);
+}
+
+const MEMORY_LIMIT: [&str; 2] = ["memory.limit_in_bytes", "memory.max"];
+
+fn limits_are_updated(bed: &Bed) {
+    bed.configure(|spec| spec["linux"]["resources"]["memory"] = json!({"limit": 67_108_864}));
+    let _container = bed.start("web");
+    assert_eq!(bed.cgroup_file(MEMORY_LIMIT), "67108864");
+    bed.ok(&["update", "--memory", "134217728", "--pids-limit", "77", "web"]);
+    assert_eq!(bed.cgroup_file(MEMORY_LIMIT), "134217728");
+    assert_eq!(bed.cgroup_file(["pids.max"; 2]), "77");
+    let mut child =
+        bed.command().args(["update", "--resources", "-", "web"]).stdin(Stdio::piped()).spawn().unwrap();
+    let resources =
+        json!({"memory": {"limit": 268_435_456}, "cpu": {"shares": 0, "quota": 50_000, "period": 100_000}});
+    child.stdin.take().unwrap().write_all(resources.to_string().as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert_eq!(bed.cgroup_file(MEMORY_LIMIT), "268435456");
+    assert_eq!(bed.cgroup_file(["pids.max"; 2]), "77");
+    let quota = bed.cgroup_file(["cpu.cfs_quota_us", "cpu.max"]);
+    assert!(quota == "50000" || quota == "50000 100000", "{quota}");
+    assert_eq!(bed.fails(&["update", "--memory", "1", "absent"]), "container does not exist");
+}
+
+fn usage_is_printed_as_one_line_of_json(bed: &Bed) {
+    bed.configure(|spec| {
+        spec["linux"]["resources"] = json!({"memory": {"limit": 67_108_864}, "pids": {"limit": 50}});
+    });
+    let _container = bed.start("web");
+    let output = bed.ok(&["events", "--stats", "web"]);
+    assert_eq!(output.lines().count(), 1);
+    let event: Value = serde_json::from_str(&output).unwrap();
+    assert_eq!((&event["type"], &event["id"]), (&json!("stats"), &json!("web")));
+    let data = &event["data"];
+    assert_eq!(data["memory"]["usage"]["limit"], 67_108_864);
+    assert!(data["memory"]["usage"]["usage"].as_u64().unwrap() > 0);
+    assert!(data["memory"]["raw"].as_object().unwrap().len() > 10);
+    assert_eq!(data["pids"], json!({"current": 1, "limit": 50}));
+    let total = data["cpu"]["usage"]["total"].as_u64().unwrap();
+    assert!((1_000_000..60_000_000_000).contains(&total), "{total} ns");
+    for section in ["blkio", "hugetlb", "intel_rdt"] {
+        assert!(data[section].is_object(), "{section}");
+    }
+}
