@@ -45,7 +45,7 @@ fn offer() -> Offer {
 }
 
 fn every_message() -> Vec<Message<'static>> {
-    let meta = Meta { mode: 0o4755, uid: 1, gid: u32::MAX, mtime_s: -1, mtime_ns: 999_999_999 };
+    let meta = Meta { mode: 0o4755, uid: 1, gid: u32::MAX - 1, mtime_s: -1, mtime_ns: 999_999_999 };
     let entry = |path: &'static [u8], node| {
         Message::RootfsEntry(Entry {
             path,

@@ -174,8 +174,9 @@ pub(super) fn take_entry<'a>(fields: &mut Reader<'a>) -> Result<Entry<'a>, WireE
         mtime_s: fields.i64()?,
         mtime_ns: fields.u32()?,
     };
-    if meta.mode > 0o7777 || meta.mtime_ns >= 1_000_000_000 {
-        return Err(fields.bad("a mode or time is out of range"));
+    // The highest number stands for "no change" in system calls and can own nothing.
+    if meta.mode > 0o7777 || meta.mtime_ns >= 1_000_000_000 || [meta.uid, meta.gid].contains(&u32::MAX) {
+        return Err(fields.bad("an owner, mode or time is out of range"));
     }
     let count = fields.u32()? as usize;
     if count > XATTRS_MAX {
