@@ -24,6 +24,7 @@ pub mod process;
 pub mod skip;
 pub mod suite;
 pub mod tools;
+pub mod workload;
 
 pub use bed::{Bed, BedOptions, Storage};
 pub use containerd::Version;

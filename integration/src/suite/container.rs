@@ -7,6 +7,7 @@ use containerd_client::tonic::Code;
 use containerd_client::types::v1::{Process, Status};
 
 use super::job::{Done, Job};
+use super::lane::Runtime;
 use super::site::Site;
 use super::trouble::{Outcome, Trouble, await_that};
 
@@ -16,12 +17,13 @@ pub struct Plan<'a> {
     site: &'a Site,
     id: String,
     image: String,
+    runtime: &'static str,
     flags: Vec<String>,
 }
 
 impl<'a> Plan<'a> {
     pub(super) fn new(site: &'a Site, id: String) -> Self {
-        Self { site, id, image: BUSYBOX.to_owned(), flags: Vec::new() }
+        Self { site, id, image: BUSYBOX.to_owned(), runtime: site.lane.runtime.name(), flags: Vec::new() }
     }
 
     /// Returns the id that the container will have.
@@ -34,6 +36,12 @@ impl<'a> Plan<'a> {
     #[must_use]
     pub fn image(self, name: &str) -> Self {
         Self { image: format!("localhost/{name}:latest"), ..self }
+    }
+
+    /// Chooses another runtime than the lane's.
+    #[must_use]
+    pub fn runtime(self, runtime: Runtime) -> Self {
+        Self { runtime: runtime.name(), ..self }
     }
 
     /// Adds flags of `ctr run`.
@@ -105,7 +113,7 @@ impl<'a> Plan<'a> {
 
     fn words(&self, verb: &[&str], command: &[&str]) -> Vec<String> {
         let mut words: Vec<String> = verb.iter().map(|word| (*word).to_owned()).collect();
-        words.extend(["--runtime".to_owned(), self.site.lane.runtime.name().to_owned()]);
+        words.extend(["--runtime".to_owned(), self.runtime.to_owned()]);
         words.extend(self.flags.iter().cloned());
         words.extend([self.image.clone(), self.id.clone()]);
         words.extend(command.iter().map(|word| (*word).to_owned()));

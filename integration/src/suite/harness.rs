@@ -26,6 +26,7 @@ pub struct Case {
     /// The claim, as a sentence with underscores.
     pub name: &'static str,
     run: fn(&Stage) -> Outcome,
+    concerns: fn(Lane) -> bool,
     is_alone: bool,
     is_slow: bool,
 }
@@ -34,7 +35,13 @@ impl Case {
     /// Returns a case. Use [`case!`](crate::case), which takes the name from the function.
     #[must_use]
     pub const fn new(name: &'static str, run: fn(&Stage) -> Outcome) -> Self {
-        Self { name, run, is_alone: false, is_slow: false }
+        Self { name, run, concerns: |_| true, is_alone: false, is_slow: false }
+    }
+
+    /// Restricts it to the lanes on which what it claims is promised by anybody.
+    #[must_use]
+    pub const fn on(self, concerns: fn(Lane) -> bool) -> Self {
+        Self { concerns, ..self }
     }
 
     /// Marks it as one that must not run beside others: it disturbs a daemon, or measures.
@@ -94,7 +101,7 @@ pub fn run(suite: &Suite) -> ExitCode {
     }
     let wanted = |lane: &Lane| {
         let asked = |case: &&Case| args.wants(suite.name, &lane.to_string(), case.name);
-        let now = |case: &&Case| is_full || !case.is_slow;
+        let now = |case: &&Case| (is_full || !case.is_slow) && (case.concerns)(*lane);
         suite.cases.iter().filter(now).filter(asked).copied().collect::<Vec<_>>()
     };
     let lanes: Vec<(Lane, Vec<Case>)> =

@@ -19,6 +19,7 @@ pub mod footprint;
 pub mod harness;
 pub mod job;
 pub mod lane;
+pub mod options;
 pub mod rpc;
 pub mod site;
 pub mod trouble;

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use containerd_client::services::v1::container::Runtime as RecordRuntime;
 use containerd_client::services::v1::containers_client::ContainersClient;
+use containerd_client::services::v1::snapshots::MountsRequest;
+use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
 use containerd_client::services::v1::tasks_client::TasksClient;
 use containerd_client::services::v1::{
     CheckpointTaskRequest, CloseIoRequest, Container as Record, CreateContainerRequest, CreateTaskRequest,
@@ -268,6 +270,17 @@ impl Rpc {
         self.answer("create container", async move { client.create(request).await }).map(drop)
     }
 
+    /// Returns how the root file system of a container is mounted, whose snapshot has the container's name.
+    ///
+    /// # Errors
+    /// containerd's.
+    pub fn rootfs(&self, id: &str) -> Answer<Vec<Mount>> {
+        let mut client = SnapshotsClient::new(self.channel.clone());
+        let request = in_namespace(MountsRequest { snapshotter: SNAPSHOTTER.to_owned(), key: id.to_owned() });
+        let response = self.answer("mounts", async move { client.mounts(request).await })?;
+        Ok(response.mounts)
+    }
+
     fn answer<T>(
         &self,
         call: &'static str,
@@ -311,6 +324,7 @@ pub const NAMESPACE: &str = "default";
 /// How long a call may take.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
+const SNAPSHOTTER: &str = "overlayfs";
 const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";

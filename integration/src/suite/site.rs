@@ -11,8 +11,9 @@ use super::lane::Lane;
 use super::rpc::Rpc;
 use super::trouble::Trouble;
 use crate::bed::Bed;
-use crate::image::catalog;
+use crate::image::{Image, catalog};
 use crate::node::{Node, NodeName};
+use crate::tools;
 
 /// A bed of a lane, with its two nodes ready to be used.
 #[derive(Debug)]
@@ -157,6 +158,15 @@ impl Site {
         let outside = self.node().path(&inside);
         std::fs::create_dir_all(&outside).map_err(Trouble::io("make", &outside))?;
         Ok((inside, outside))
+    }
+
+    /// Imports an image of the self-checking program (see [`crate::workload`]), called `workload`.
+    ///
+    /// # Errors
+    /// When it cannot be built or imported.
+    pub fn import_workload(&self) -> Result<(), Trouble> {
+        let image = Image::of_program("workload", &tools::built()?.join("workload"))?;
+        Ok(self.node().import(&image.build()?)?)
     }
 
     /// Builds images out of the catalogue and imports them.

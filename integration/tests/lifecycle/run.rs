@@ -17,6 +17,7 @@ pub(super) fn cases() -> Vec<Case> {
         case!(user_namespace_maps_root_to_another_user),
         case!(privileged_container_may_mount),
         case!(host_network_is_the_nodes),
+        case!(loopback_of_a_new_network_namespace_is_up),
         case!(given_network_namespace_is_joined),
         case!(orphans_of_the_container_are_reaped),
         case!(created_container_starts_later),
@@ -47,8 +48,9 @@ fn detached_run_is_listed_with_its_process(stage: &Stage) -> Outcome {
     let row = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
     let row = row.into_iter().find(|row| row.first() == Some(&container.id()));
     assert_eq!(row, Some(vec![container.id(), &pid.to_string(), "RUNNING"]), "{list}");
-    let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    assert_eq!(line, "sleep\x001234\x00");
+    await_that("the process has become what was asked for", || {
+        std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line == "sleep\x001234\x00")
+    })?;
     let listed = container.task("ps")?;
     assert!(listed.contains(&pid.to_string()), "{listed}");
     container.stop()?;
@@ -126,6 +128,12 @@ fn host_network_is_the_nodes(stage: &Stage) -> Outcome {
     assert!(!own.contains("10.77.0.1"), "{own}");
     let host = stage.a.plan("host-net").flags(&["--net-host"]).run_to_end(&["ip", "addr"])?.ok()?;
     assert!(host.contains("10.77.0.1"), "{host}");
+    Ok(())
+}
+
+fn loopback_of_a_new_network_namespace_is_up(stage: &Stage) -> Outcome {
+    let text = stage.a.plan("loopback").run_to_end(&["ip", "addr", "show", "lo"])?.ok()?;
+    assert!(text.contains("LOOPBACK,UP") && text.contains("127.0.0.1"), "{text}");
     Ok(())
 }
 
