@@ -31,7 +31,7 @@ use protobuf::{Message, well_known_types::any::Any};
 
 use crate::{
     bundle::Spec,
-    error::{Error, Result},
+    error::{Result, ShimError},
     options::CreateOptions,
 };
 
@@ -65,7 +65,7 @@ struct Params {
 /// Whatever keeps the shim from serving; nothing is left behind then.
 pub(crate) fn start(flags: &Flags) -> Result<()> {
     let params = Params::parse(&read_stdin()?, flags)?;
-    let bundle = env::current_dir().map_err(Error::io("find the bundle"))?;
+    let bundle = env::current_dir().map_err(ShimError::io("find the bundle"))?;
     let spec = Spec::read(&bundle)?;
     let address = socket_address(flags, &params, spec.group(&flags.id));
     let path = socket_path(&address);
@@ -75,12 +75,12 @@ pub(crate) fn start(flags: &Flags) -> Result<()> {
         fs::remove_file(&path).ok();
         return Err(error);
     }
-    fs::write(bundle.join(ADDRESS), &address).map_err(Error::io(format!("write {ADDRESS}")))?;
+    fs::write(bundle.join(ADDRESS), &address).map_err(ShimError::io(format!("write {ADDRESS}")))?;
     let mut stdout = io::stdout();
     stdout
         .write_all(&answer(&address, params.bootstrap)?)
         .and_then(|()| stdout.flush())
-        .map_err(Error::io("answer containerd"))
+        .map_err(ShimError::io("answer containerd"))
 }
 
 impl Params {
@@ -121,7 +121,7 @@ fn read_stdin() -> Result<Vec<u8>> {
     let stdin = io::stdin();
     let mut input = Vec::new();
     if !stdin.is_terminal() {
-        stdin.lock().take(STDIN_MAX).read_to_end(&mut input).map_err(Error::io("read stdin"))?;
+        stdin.lock().take(STDIN_MAX).read_to_end(&mut input).map_err(ShimError::io("read stdin"))?;
     }
     Ok(input)
 }
@@ -148,7 +148,7 @@ fn listen(path: &Path) -> Result<Option<UnixListener>> {
             .recursive(true)
             .mode(0o711)
             .create(parent)
-            .map_err(Error::io(format!("make {}", parent.display())))?;
+            .map_err(ShimError::io(format!("make {}", parent.display())))?;
     }
     let bind = || UnixListener::bind(path);
     let listener = match bind() {
@@ -157,20 +157,20 @@ fn listen(path: &Path) -> Result<Option<UnixListener>> {
                 return Ok(None);
             }
             // Left by a shim that was killed.
-            fs::remove_file(path).map_err(Error::io(format!("remove {}", path.display())))?;
+            fs::remove_file(path).map_err(ShimError::io(format!("remove {}", path.display())))?;
             bind()
         }
         listener => listener,
     };
-    let listener = listener.map_err(Error::io(format!("bind {}", path.display())))?;
+    let listener = listener.map_err(ShimError::io(format!("bind {}", path.display())))?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))
-        .map_err(Error::io(format!("protect {}", path.display())))?;
+        .map_err(ShimError::io(format!("protect {}", path.display())))?;
     Ok(Some(listener))
 }
 
 /// Starts the serving process.
 fn serve_apart(flags: &Flags, params: &Params, listener: UnixListener, address: &str) -> Result<()> {
-    let shim = env::current_exe().map_err(Error::io("find the shim's program"))?;
+    let shim = env::current_exe().map_err(ShimError::io("find the shim's program"))?;
     let mut command = Command::new(shim);
     command.args(["-namespace", &flags.namespace, "-id", &flags.id]);
     command.args(["-address", &params.containerd, "-socket", address]);
@@ -183,11 +183,11 @@ fn serve_apart(flags: &Flags, params: &Params, listener: UnixListener, address: 
     command.stdin(Stdio::from(OwnedFd::from(listener))).stdout(Stdio::null()).stderr(Stdio::null());
     // Signals meant for containerd's group are not meant for the shim.
     command.process_group(0);
-    let mut child = command.spawn().map_err(Error::io("start the shim"))?;
+    let mut child = command.spawn().map_err(ShimError::io("start the shim"))?;
     let confined = containerd_shim::cgroup::set_cgroup_and_oom_score(child.id(), &params.options.shim_cgroup);
     if let Err(source) = confined {
         child.kill().and_then(|()| child.wait()).ok();
-        return Err(Error::Library { action: "put the shim into its cgroup", source });
+        return Err(ShimError::Library { action: "put the shim into its cgroup", source });
     }
     Ok(())
 }
@@ -202,7 +202,7 @@ fn answer(address: &str, bootstrap: bool) -> Result<Vec<u8>> {
         protocol: "ttrpc".to_owned(),
         ..BootstrapResult::default()
     };
-    result.write_to_bytes().map_err(|source| Error::Undecodable { what: "the answer to start", source })
+    result.write_to_bytes().map_err(|source| ShimError::Undecodable { what: "the answer to start", source })
 }
 
 #[cfg(test)]

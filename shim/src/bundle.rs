@@ -12,7 +12,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    error::{Error, Result},
+    error::{Result, ShimError},
     options::CreateOptions,
     runtime::Target,
 };
@@ -66,8 +66,8 @@ impl Spec {
     /// When it is missing or no OCI runtime configuration.
     pub(crate) fn read(bundle: &Path) -> Result<Self> {
         let path = bundle.join("config.json");
-        let text = fs::read(&path).map_err(Error::io(format!("read {}", path.display())))?;
-        serde_json::from_slice(&text).map_err(|source| Error::BadJson { what: "config.json", source })
+        let text = fs::read(&path).map_err(ShimError::io(format!("read {}", path.display())))?;
+        serde_json::from_slice(&text).map_err(|source| ShimError::BadJson { what: "config.json", source })
     }
 
     /// Returns the name that the container shares its shim under, its own `id` if it does not.
@@ -108,8 +108,8 @@ impl Record {
     /// # Errors
     /// Those of writing a file.
     pub(crate) fn write(&self, bundle: &Path) -> Result<()> {
-        let text = serde_json::to_vec(self).map_err(|source| Error::BadJson { what: RECORD, source })?;
-        fs::write(bundle.join(RECORD), text).map_err(Error::io(format!("write {RECORD}")))
+        let text = serde_json::to_vec(self).map_err(|source| ShimError::BadJson { what: RECORD, source })?;
+        fs::write(bundle.join(RECORD), text).map_err(ShimError::io(format!("write {RECORD}")))
     }
 
     /// Reads the record of `bundle`; nothing if no container was ever created in it.
@@ -120,9 +120,9 @@ impl Record {
         let text = match fs::read(bundle.join(RECORD)) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(Error::io(format!("read {RECORD}"))(error)),
+            Err(error) => return Err(ShimError::io(format!("read {RECORD}"))(error)),
         };
-        serde_json::from_slice(&text).map(Some).map_err(|source| Error::BadJson { what: RECORD, source })
+        serde_json::from_slice(&text).map(Some).map_err(|source| ShimError::BadJson { what: RECORD, source })
     }
 
     /// Returns the runtime for one container.
@@ -169,9 +169,9 @@ pub(crate) fn init_pid_file(bundle: &Path) -> PathBuf {
 /// When the file is missing or holds no pid.
 pub(crate) fn read_pid(path: &Path) -> Result<i32> {
     let action = || format!("read a pid from {}", path.display());
-    let text = fs::read_to_string(path).map_err(Error::io(action()))?;
+    let text = fs::read_to_string(path).map_err(ShimError::io(action()))?;
     let pid = text.trim().parse().ok().filter(|pid| *pid > 0);
-    pid.ok_or_else(|| Error::io(action())(std::io::ErrorKind::InvalidData.into()))
+    pid.ok_or_else(|| ShimError::io(action())(std::io::ErrorKind::InvalidData.into()))
 }
 
 /// Notes that a migration's worker, and no longer the shim, decides what becomes of the container.
@@ -179,7 +179,7 @@ pub(crate) fn read_pid(path: &Path) -> Result<i32> {
 /// # Errors
 /// Those of writing a file.
 pub(crate) fn note_committing(bundle: &Path) -> Result<()> {
-    fs::write(bundle.join(COMMITTING), []).map_err(Error::io(format!("write {COMMITTING}")))
+    fs::write(bundle.join(COMMITTING), []).map_err(ShimError::io(format!("write {COMMITTING}")))
 }
 
 /// Takes the note back.

@@ -21,7 +21,7 @@ use protobuf::Message;
 use crate::{
     bootstrap::{ADDRESS, socket_path},
     bundle::{self, Record, init_pid_file, read_pid},
-    error::{Error, Result},
+    error::{Result, ShimError},
     runtime, worker,
 };
 
@@ -54,9 +54,9 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
     };
     let bytes = response
         .write_to_bytes()
-        .map_err(|source| Error::Undecodable { what: "the answer to delete", source })?;
+        .map_err(|source| ShimError::Undecodable { what: "the answer to delete", source })?;
     let mut stdout = io::stdout();
-    stdout.write_all(&bytes).and_then(|()| stdout.flush()).map_err(Error::io("answer containerd"))
+    stdout.write_all(&bytes).and_then(|()| stdout.flush()).map_err(ShimError::io("answer containerd"))
 }
 
 /// containerd says which bundle by a flag, or by the working directory, which in a pod may be another's.
@@ -64,7 +64,7 @@ fn bundle_path(flags: &Flags) -> Result<PathBuf> {
     if !flags.bundle.is_empty() {
         return Ok(flags.bundle.clone().into());
     }
-    let here = env::current_dir().map_err(Error::io("find the bundle"))?;
+    let here = env::current_dir().map_err(ShimError::io("find the bundle"))?;
     Ok(here.parent().map_or_else(|| here.clone(), |parent| parent.join(&flags.id)))
 }
 

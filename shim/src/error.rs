@@ -9,7 +9,7 @@ use ttrpc::{Code, error::get_rpc_status};
 
 /// What a verb of the Task or Migrate service can end with.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Error {
+pub(crate) enum ShimError {
     /// No container of that name lives in this shim.
     #[error("container not created")]
     NoContainer,
@@ -159,9 +159,9 @@ pub(crate) enum Error {
 }
 
 /// What the verbs return.
-pub(crate) type Result<T> = std::result::Result<T, Error>;
+pub(crate) type Result<T> = std::result::Result<T, ShimError>;
 
-impl Error {
+impl ShimError {
     /// Makes the closure that adds to an I/O error what was being done.
     pub(crate) fn io(action: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::Io { action: action.into(), source }
@@ -202,8 +202,8 @@ impl Error {
     }
 }
 
-impl From<Error> for ttrpc::Error {
-    fn from(error: Error) -> Self {
+impl From<ShimError> for ttrpc::Error {
+    fn from(error: ShimError) -> Self {
         get_rpc_status(error.code(), error)
     }
 }
@@ -216,17 +216,17 @@ mod tests {
     fn errors_carry_the_codes_of_containerds_own_shim() {
         let id = || "web".to_owned();
         let cases = [
-            (Error::NoContainer, Code::NOT_FOUND),
-            (Error::NoProcess { exec_id: id() }, Code::NOT_FOUND),
-            (Error::Finished, Code::NOT_FOUND),
-            (Error::Unstarted, Code::NOT_FOUND),
-            (Error::ExecExists { exec_id: id() }, Code::ALREADY_EXISTS),
-            (Error::InitEnded { id: id() }, Code::FAILED_PRECONDITION),
-            (Error::NotCreated, Code::FAILED_PRECONDITION),
-            (Error::Migrating { verb: "pause", id: id() }, Code::FAILED_PRECONDITION),
-            (Error::WrongState { verb: "start", state: "running", what: "process" }, Code::UNKNOWN),
-            (Error::UnknownOptions { type_url: id() }, Code::INVALID_ARGUMENT),
-            (Error::Runtime { verb: "create", message: id() }, Code::UNKNOWN),
+            (ShimError::NoContainer, Code::NOT_FOUND),
+            (ShimError::NoProcess { exec_id: id() }, Code::NOT_FOUND),
+            (ShimError::Finished, Code::NOT_FOUND),
+            (ShimError::Unstarted, Code::NOT_FOUND),
+            (ShimError::ExecExists { exec_id: id() }, Code::ALREADY_EXISTS),
+            (ShimError::InitEnded { id: id() }, Code::FAILED_PRECONDITION),
+            (ShimError::NotCreated, Code::FAILED_PRECONDITION),
+            (ShimError::Migrating { verb: "pause", id: id() }, Code::FAILED_PRECONDITION),
+            (ShimError::WrongState { verb: "start", state: "running", what: "process" }, Code::UNKNOWN),
+            (ShimError::UnknownOptions { type_url: id() }, Code::INVALID_ARGUMENT),
+            (ShimError::Runtime { verb: "create", message: id() }, Code::UNKNOWN),
         ];
         for (error, code) in cases {
             assert_eq!(error.code(), code, "{error}");
@@ -236,7 +236,7 @@ mod tests {
     #[test]
     fn the_text_reaches_the_client() {
         let error =
-            ttrpc::Error::from(Error::WrongState { verb: "pause", state: "paused", what: "container" });
+            ttrpc::Error::from(ShimError::WrongState { verb: "pause", state: "paused", what: "container" });
         let ttrpc::Error::RpcStatus(status) = error else { panic!("{error}") };
         assert_eq!(status.message, "cannot pause a paused container");
     }

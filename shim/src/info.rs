@@ -11,7 +11,7 @@ use protobuf::{Message, well_known_types::any::Any};
 
 use crate::{
     bundle::runtime_binary,
-    error::{Error, Result},
+    error::{Result, ShimError},
     options::CreateOptions,
 };
 
@@ -26,7 +26,7 @@ const STDIN_MAX: u64 = 1 << 20;
 /// When the question cannot be read or the answer not be written. A runtime without features is none.
 pub(crate) fn info() -> Result<()> {
     let mut input = Vec::new();
-    io::stdin().lock().take(STDIN_MAX).read_to_end(&mut input).map_err(Error::io("read stdin"))?;
+    io::stdin().lock().take(STDIN_MAX).read_to_end(&mut input).map_err(ShimError::io("read stdin"))?;
     let any = Any::parse_from_bytes(&input).ok().filter(|any| !any.type_url.is_empty());
     let options = CreateOptions::decode(any.as_ref())?;
     let version =
@@ -38,10 +38,11 @@ pub(crate) fn info() -> Result<()> {
         features: features(&options).into(),
         ..RuntimeInfo::default()
     };
-    let bytes =
-        info.write_to_bytes().map_err(|source| Error::Undecodable { what: "the answer to -info", source })?;
+    let bytes = info
+        .write_to_bytes()
+        .map_err(|source| ShimError::Undecodable { what: "the answer to -info", source })?;
     let mut stdout = io::stdout();
-    stdout.write_all(&bytes).and_then(|()| stdout.flush()).map_err(Error::io("answer containerd"))
+    stdout.write_all(&bytes).and_then(|()| stdout.flush()).map_err(ShimError::io("answer containerd"))
 }
 
 fn features(options: &CreateOptions) -> Option<Any> {

@@ -17,7 +17,7 @@ use containerd_shim_protos::shim::oci;
 use protobuf::{CodedInputStream, Message, UnknownValueRef, well_known_types::any::Any};
 
 use crate::{
-    error::{Error, Result},
+    error::{Result, ShimError},
     verb,
 };
 
@@ -61,7 +61,7 @@ impl CreateOptions {
     /// Decodes the options of a Create or of the `start` action.
     ///
     /// # Errors
-    /// [`Error::UnknownOptions`], [`Error::RefusedOption`], [`Error::Undecodable`].
+    /// [`ShimError::UnknownOptions`], [`ShimError::RefusedOption`], [`ShimError::Undecodable`].
     pub(crate) fn decode(any: Option<&Any>) -> Result<Self> {
         let Some(any) = any.filter(|any| !any.type_url.is_empty()) else {
             return Ok(Self::default());
@@ -70,7 +70,7 @@ impl CreateOptions {
             "containerd.runc.v1.Options" => Self::from_runc(&any.value),
             "containerd.linux.runc.CreateOptions" => Self::from_linux(&any.value),
             "runtimeoptions.v1.Options" => Self::from_runtime_options(&any.value),
-            _ => Err(Error::UnknownOptions { type_url: any.type_url.clone() }),
+            _ => Err(ShimError::UnknownOptions { type_url: any.type_url.clone() }),
         }
     }
 
@@ -128,7 +128,7 @@ impl CreateOptions {
             Ok(true)
         })?;
         if body.is_empty() && !path.is_empty() {
-            body = std::fs::read(&path).map_err(Error::io(format!("read {path}")))?;
+            body = std::fs::read(&path).map_err(ShimError::io(format!("read {path}")))?;
         }
         Self::from_table(&String::from_utf8_lossy(&body))
     }
@@ -171,7 +171,7 @@ impl CheckpointOptions {
     /// Decodes the options of a Checkpoint.
     ///
     /// # Errors
-    /// [`Error::UnknownOptions`], [`Error::RefusedOption`], [`Error::Undecodable`].
+    /// [`ShimError::UnknownOptions`], [`ShimError::RefusedOption`], [`ShimError::Undecodable`].
     pub(crate) fn decode(any: Option<&Any>) -> Result<Self> {
         let Some(any) = any.filter(|any| !any.type_url.is_empty()) else {
             return Ok(Self::default());
@@ -180,7 +180,7 @@ impl CheckpointOptions {
             "containerd.runc.v1.CheckpointOptions" => Self::from_fields(&any.value, 8, 9)?,
             "containerd.linux.runc.CheckpointOptions" => Self::from_fields(&any.value, 9, 8)?,
             "runtimeoptions.v1.Options" => Self::default(),
-            _ => return Err(Error::UnknownOptions { type_url: any.type_url.clone() }),
+            _ => return Err(ShimError::UnknownOptions { type_url: any.type_url.clone() }),
         };
         match options.cgroups_mode.as_str() {
             "" | "soft" | "full" | "strict" | "ignore" => Ok(options),
@@ -232,12 +232,12 @@ fn type_name(any: &Any) -> &str {
     any.type_url.rsplit('/').next().unwrap_or_default()
 }
 
-fn undecodable(what: &'static str) -> impl FnOnce(protobuf::Error) -> Error {
-    move |source| Error::Undecodable { what, source }
+fn undecodable(what: &'static str) -> impl FnOnce(protobuf::Error) -> ShimError {
+    move |source| ShimError::Undecodable { what, source }
 }
 
-fn refused(name: &str, reason: &'static str) -> Error {
-    Error::RefusedOption { name: name.to_owned(), reason }
+fn refused(name: &str, reason: &'static str) -> ShimError {
+    ShimError::RefusedOption { name: name.to_owned(), reason }
 }
 
 /// Calls `read` with the number of each field; fields it does not read (false) are skipped.
@@ -334,9 +334,9 @@ mod tests {
     fn unknown_types_and_broken_messages_are_errors() {
         assert!(matches!(
             CheckpointOptions::decode(Some(&any("x.Y", vec![]))),
-            Err(Error::UnknownOptions { .. })
+            Err(ShimError::UnknownOptions { .. })
         ));
         let cut = any("containerd.runc.v1.CheckpointOptions", vec![8 << 3 | 2, 200]);
-        assert!(matches!(CheckpointOptions::decode(Some(&cut)), Err(Error::Undecodable { .. })));
+        assert!(matches!(CheckpointOptions::decode(Some(&cut)), Err(ShimError::Undecodable { .. })));
     }
 }

@@ -23,6 +23,7 @@ use std::{
 use nix::{
     errno::Errno,
     sys::wait::{WaitPidFlag, WaitStatus, waitpid},
+    unistd::Pid,
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -38,6 +39,16 @@ pub(crate) struct Exit {
     pub(crate) status: u32,
     /// When it was collected.
     pub(crate) at: SystemTime,
+}
+
+/// Which children are collected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// Every child of the process, as a subreaper has to.
+    Everything,
+    /// Those that were claimed: in a process with several reapers, one must not take another's.
+    #[cfg_attr(not(test), expect(dead_code, reason = "tests run several reapers in one process"))]
+    Claimed,
 }
 
 /// Collects children; see the module.
@@ -58,12 +69,12 @@ impl Reaper {
     ///
     /// # Errors
     /// When the signal's handler cannot be installed.
-    pub(crate) fn run(self: &Arc<Self>) -> io::Result<()> {
+    pub(crate) fn run(self: &Arc<Self>, scope: Scope) -> io::Result<()> {
         let mut ended = signal(SignalKind::child())?;
         let reaper = Arc::clone(self);
         tokio::spawn(async move {
             loop {
-                reaper.collect();
+                reaper.collect(scope);
                 ended.recv().await;
             }
         });
@@ -89,23 +100,17 @@ impl Reaper {
         Window { reaper: Arc::clone(self) }
     }
 
-    fn collect(&self) {
+    fn collect(&self, scope: Scope) {
         // Held throughout: see `spawn`.
         let mut inner = self.lock();
-        loop {
-            let (pid, status) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid.as_raw(), code.unsigned_abs()),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => {
-                    (pid.as_raw(), 128 + (signal as i32).unsigned_abs())
-                }
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
-                Ok(_) | Err(Errno::EINTR) => continue,
-                Err(errno) => {
-                    log::error!("failed to collect children: {errno}");
-                    return;
-                }
-            };
-            inner.ended(Exit { pid, status, at: SystemTime::now() });
+        let candidates = match scope {
+            Scope::Everything => vec![None],
+            Scope::Claimed => inner.claimed.keys().map(|pid| Some(Pid::from_raw(*pid))).collect(),
+        };
+        for candidate in candidates {
+            while let Some(exit) = next_exit(candidate) {
+                inner.ended(exit);
+            }
         }
     }
 
@@ -129,6 +134,23 @@ impl Inner {
         } else if self.windows > 0 {
             self.unclaimed.push(exit);
         }
+    }
+}
+
+/// Returns an exit that was not collected yet, of one child or of any.
+fn next_exit(of: Option<Pid>) -> Option<Exit> {
+    loop {
+        let (pid, status) = match waitpid(of, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(pid, code)) => (pid, code.unsigned_abs()),
+            Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + (signal as i32).unsigned_abs()),
+            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return None,
+            Ok(_) | Err(Errno::EINTR) => continue,
+            Err(errno) => {
+                log::error!("failed to collect children: {errno}");
+                return None;
+            }
+        };
+        return Some(Exit { pid: pid.as_raw(), status, at: SystemTime::now() });
     }
 }
 
@@ -177,7 +199,7 @@ mod tests {
         reaper.report(exit(7, 3));
         assert_eq!(window.claim(7).try_recv().unwrap().status, 3);
         let mut waiting = window.claim(8);
-        assert!(waiting.try_recv().is_err());
+        waiting.try_recv().unwrap_err();
         drop(window);
         reaper.report(exit(8, 4));
         assert_eq!(waiting.try_recv().unwrap().status, 4);
@@ -189,13 +211,13 @@ mod tests {
         reaper.report(exit(7, 3));
         drop(reaper.window());
         let window = reaper.window();
-        assert!(window.claim(7).try_recv().is_err());
+        window.claim(7).try_recv().unwrap_err();
     }
 
     #[tokio::test(flavor = "current_thread")]
     async fn the_status_of_a_killed_child_is_128_and_the_signal() {
         let reaper = Arc::new(Reaper::default());
-        reaper.run().unwrap();
+        reaper.run(Scope::Claimed).unwrap();
         let mut command = Command::new("/bin/sh");
         let (pid, ended) = reaper.spawn(command.args(["-c", "kill -9 $$"])).unwrap();
         let exit = ended.await.unwrap();

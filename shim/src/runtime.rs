@@ -25,7 +25,7 @@ use nix::sys::signal::Signal;
 use serde::Deserialize;
 
 use crate::{
-    error::{Error, Result},
+    error::{Result, ShimError},
     reaper::Reaper,
     verb::Verb,
 };
@@ -137,7 +137,7 @@ impl Runtime for Program {
                 Some(String::from_utf8_lossy(&printed).trim().to_owned()).filter(|text| !text.is_empty())
             })
             .unwrap_or_else(|| format!("{} ended with status {status}", self.target.binary.display()));
-        Err(Error::Runtime { verb: name, message })
+        Err(ShimError::Runtime { verb: name, message })
     }
 }
 
@@ -163,7 +163,7 @@ impl Program {
                 command.stdin(or_null(stdin)).stdout(or_null(stdout)).stderr(or_null(stderr));
             }
             (VerbStdio::Captured, Some(output)) => {
-                let duplicate = || output.try_clone().map_err(Error::io("duplicate a descriptor"));
+                let duplicate = || output.try_clone().map_err(ShimError::io("duplicate a descriptor"));
                 command.stdout(duplicate()?).stderr(duplicate()?);
             }
             (VerbStdio::Captured, None) => {}
@@ -173,7 +173,7 @@ impl Program {
                 let mut input = memory_file()?;
                 io::Write::write_all(&mut input, &resources)
                     .and_then(|()| input.rewind())
-                    .map_err(Error::io("write the resources"))?;
+                    .map_err(ShimError::io("write the resources"))?;
                 command.stdin(input);
             }
             Verb::MigrateTarget(target) => {
@@ -182,7 +182,7 @@ impl Program {
             _ => {}
         }
         let binary = self.target.binary.display();
-        self.reaper.spawn(&mut command).map_err(Error::io(format!("run {binary}")))
+        self.reaper.spawn(&mut command).map_err(ShimError::io(format!("run {binary}")))
     }
 }
 
@@ -204,7 +204,7 @@ impl Drop for Tracked {
 
 /// Returns a file that no process left behind by a verb can make anyone wait for, unlike a pipe.
 pub(crate) fn memory_file() -> Result<File> {
-    memfd::create(c"godwit-verb").map_err(io::Error::other).map_err(Error::io("make a file in memory"))
+    memfd::create(c"godwit-verb").map_err(io::Error::other).map_err(ShimError::io("make a file in memory"))
 }
 
 /// Returns what was written to `file`, which is shared with a child.
@@ -212,7 +212,7 @@ pub(crate) fn read_back(file: &mut File) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     file.rewind()
         .and_then(|()| file.take(OUTPUT_MAX).read_to_end(&mut bytes))
-        .map_err(Error::io("read back a verb's output"))?;
+        .map_err(ShimError::io("read back a verb's output"))?;
     Ok(bytes)
 }
 
@@ -244,7 +244,7 @@ mod tests {
         fs::write(&binary, format!("#!/bin/sh\n{script}\n")).unwrap();
         fs::set_permissions(&binary, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let reaper = Arc::new(Reaper::default());
-        reaper.run().unwrap();
+        reaper.run(crate::reaper::Scope::Claimed).unwrap();
         let target = Target {
             binary,
             root: "/run/none".into(),

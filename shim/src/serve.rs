@@ -17,9 +17,9 @@ use ttrpc::r#async::{Server, transport::Listener};
 use crate::{
     bootstrap::{TTRPC_ADDRESS, socket_path},
     container::Shared,
-    error::{Error, Result},
+    error::{Result, ShimError},
     events::Publisher,
-    reaper::Reaper,
+    reaper::{Reaper, Scope},
     service::{MigrateService, Service, TaskService},
 };
 
@@ -31,17 +31,17 @@ const TASK_V3: &str = "containerd.task.v3.Task";
 /// # Errors
 /// Whatever keeps it from serving.
 pub(crate) fn serve(flags: &Flags) -> Result<()> {
-    crate::stdio::reserve_descriptors().map_err(Error::io("reserve descriptors"))?;
+    crate::stdio::reserve_descriptors().map_err(ShimError::io("reserve descriptors"))?;
     init_log(flags);
     godwit_sys::process::set_subreaper(true)
         .map_err(std::io::Error::other)
-        .map_err(Error::io("become the subreaper"))?;
+        .map_err(ShimError::io("become the subreaper"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(4)
         .thread_stack_size(256 << 10)
         .build()
-        .map_err(Error::io("start the runtime"))?;
+        .map_err(ShimError::io("start the runtime"))?;
     let served = runtime.block_on(run(flags));
     fs::remove_file(socket_path(&flags.socket)).ok();
     // What still runs in the pool is not waited for.
@@ -53,7 +53,7 @@ async fn run(flags: &Flags) -> Result<()> {
     let listener = inherited_listener()?;
     let containerd_ttrpc = env::var(TTRPC_ADDRESS).unwrap_or_else(|_| format!("{}.ttrpc", flags.address));
     let reaper = Arc::new(Reaper::default());
-    reaper.run().map_err(Error::io("wait for children"))?;
+    reaper.run(Scope::Everything).map_err(ShimError::io("wait for children"))?;
     ignore_termination()?;
     let shared = Shared {
         namespace: flags.namespace.clone(),
@@ -65,7 +65,7 @@ async fn run(flags: &Flags) -> Result<()> {
     let events = shared.events.clone();
     let (shutdown, mut wanted) = watch::channel(false);
     let mut server = server(listener, &Service::new(shared, shutdown));
-    server.start().await.map_err(std::io::Error::other).map_err(Error::io("serve"))?;
+    server.start().await.map_err(std::io::Error::other).map_err(ShimError::io("serve"))?;
     wanted.wait_for(|wanted| *wanted).await.ok();
     events.flush().await;
     server.shutdown().await.ok();
@@ -73,12 +73,12 @@ async fn run(flags: &Flags) -> Result<()> {
 }
 
 fn inherited_listener() -> Result<Listener> {
-    let stdin = std::io::stdin().as_fd().try_clone_to_owned().map_err(Error::io("take the socket"))?;
+    let stdin = std::io::stdin().as_fd().try_clone_to_owned().map_err(ShimError::io("take the socket"))?;
     let listener = UnixListener::from(stdin);
     // Standard input stays open otherwise, and with it the socket.
-    let null = fs::File::open("/dev/null").map_err(Error::io("open /dev/null"))?;
-    nix::unistd::dup2_stdin(&null).map_err(Error::errno("replace stdin"))?;
-    Listener::try_from(listener).map_err(Error::io("take the socket"))
+    let null = fs::File::open("/dev/null").map_err(ShimError::io("open /dev/null"))?;
+    nix::unistd::dup2_stdin(&null).map_err(ShimError::errno("replace stdin"))?;
+    Listener::try_from(listener).map_err(ShimError::io("take the socket"))
 }
 
 fn server(listener: Listener, service: &Arc<Service>) -> Server {
@@ -98,7 +98,7 @@ fn server(listener: Listener, service: &Arc<Service>) -> Server {
 /// A shim outlives whoever asks it politely to end: its containers would be orphans.
 fn ignore_termination() -> Result<()> {
     for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
-        let mut signals = signal(kind).map_err(Error::io("handle signals"))?;
+        let mut signals = signal(kind).map_err(ShimError::io("handle signals"))?;
         tokio::spawn(async move {
             while signals.recv().await.is_some() {
                 log::debug!("ignoring a signal to end");

@@ -30,7 +30,7 @@ use ttrpc::r#async::TtrpcContext;
 
 use crate::{
     container::{Container, CreateRequest, Ended, Request, Shared},
-    error::{Error, Result},
+    error::{Result, ShimError},
     options::{CheckpointOptions, CreateOptions},
     stdio::Address,
 };
@@ -55,13 +55,13 @@ impl Service {
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>> {
-        self.lock().get(id).cloned().flatten().ok_or(Error::NoContainer)
+        self.lock().get(id).cloned().flatten().ok_or(ShimError::NoContainer)
     }
 
     async fn create_container(self: Arc<Self>, request: CreateRequest) -> Result<Arc<Container>> {
         let id = request.id.clone();
         if self.lock().contains_key(&id) {
-            return Err(Error::ContainerExists { id });
+            return Err(ShimError::ContainerExists { id });
         }
         self.lock().insert(id.clone(), None);
         let created = Container::create(request, self.shared.clone()).await;
@@ -216,7 +216,7 @@ impl Task for TaskService {
         drop(container);
         let ended = match end.wait_for(Option::is_some).await {
             Ok(ended) => *ended,
-            Err(_) => return Err(Error::Deleted { id }.into()),
+            Err(_) => return Err(ShimError::Deleted { id }.into()),
         };
         Ok(WaitResponse {
             exit_status: ended.map_or(0, |ended| ended.status),
@@ -251,7 +251,7 @@ pub(crate) struct MigrateService(pub(crate) Arc<Service>);
 impl MigrateService {
     fn container(&self, namespace: &str, id: &str) -> Result<Arc<Container>> {
         if namespace != self.0.shared.namespace {
-            return Err(Error::NoContainer);
+            return Err(ShimError::NoContainer);
         }
         self.0.container(id)
     }

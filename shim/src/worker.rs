@@ -27,7 +27,7 @@ use tokio::{
 
 use crate::{
     bundle::godwit_binary,
-    error::{Error, Result},
+    error::{Result, ShimError},
     reaper::{Exit, Reaper},
     runtime::Target,
 };
@@ -71,10 +71,10 @@ impl Worker {
     /// Starts a worker.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`ShimError::Io`].
     pub(crate) fn start(order: &Order<'_>, reaper: &Reaper) -> Result<Self> {
         let target = order.target;
-        let new_pipe = || io::pipe().map_err(Error::io("make a pipe"));
+        let new_pipe = || io::pipe().map_err(ShimError::io("make a pipe"));
         let (events, events_writer) = new_pipe()?;
         let (commands_reader, commands) = new_pipe()?;
         let output = output_file(&target.bundle)?;
@@ -83,13 +83,13 @@ impl Worker {
         command.env(MARK, &target.bundle).process_group(0);
         let number = command.inherit_fd(events_writer.into());
         arguments(&mut command, order, number);
-        let duplicate = output.try_clone().map_err(Error::io("duplicate a descriptor"))?;
+        let duplicate = output.try_clone().map_err(ShimError::io("duplicate a descriptor"))?;
         command.stdin(Stdio::from(OwnedFd::from(commands_reader))).stdout(output).stderr(duplicate);
         let binary = godwit.binary.display();
-        let (pid, ended) = reaper.spawn(&mut command).map_err(Error::io(format!("run {binary}")))?;
+        let (pid, ended) = reaper.spawn(&mut command).map_err(ShimError::io(format!("run {binary}")))?;
         // With it goes the shim's own copy of the events' writing end.
         drop(command);
-        let commands = pipe::Sender::from_owned_fd(commands.into()).map_err(Error::io("use a pipe"))?;
+        let commands = pipe::Sender::from_owned_fd(commands.into()).map_err(ShimError::io("use a pipe"))?;
         Ok(Self { pid, ended, events: Events::new(events.into())?, commands: Commands(commands) })
     }
 }
@@ -120,7 +120,7 @@ fn output_file(bundle: &Path) -> Result<File> {
         .create(true)
         .append(true)
         .open(&path)
-        .map_err(Error::io(format!("open {}", path.display())))
+        .map_err(ShimError::io(format!("open {}", path.display())))
 }
 
 /// A worker's events, in order.
@@ -133,9 +133,9 @@ impl Events {
     /// Reads from the pipe `reader`.
     ///
     /// # Errors
-    /// [`Error::Io`] when it is none.
+    /// [`ShimError::Io`] when it is none.
     pub(crate) fn new(reader: OwnedFd) -> Result<Self> {
-        let receiver = pipe::Receiver::from_owned_fd(reader).map_err(Error::io("use a pipe"))?;
+        let receiver = pipe::Receiver::from_owned_fd(reader).map_err(ShimError::io("use a pipe"))?;
         Ok(Self { lines: BufReader::with_capacity(1024, receiver) })
     }
 

@@ -18,17 +18,17 @@ const NS_PER_TICK: u64 = 10_000_000;
 
 pub(super) fn collect(found: &HashMap<String, PathBuf>) -> Metrics {
     let directory = |controller: &str| found.get(controller).map(PathBuf::as_path);
-    let mut metrics = Metrics::default();
-    metrics.pids = directory("pids").map(pids).into();
-    metrics.cpu = directory("cpuacct").map(|cpuacct| cpu(cpuacct, directory("cpu"))).into();
-    if let Some(memory) = directory("memory") {
-        metrics.memory = Some(self::memory(memory)).into();
-        metrics.memory_oom_control = Some(oom_control(memory)).into();
+    let memory = directory("memory");
+    Metrics {
+        pids: directory("pids").map(pids).into(),
+        cpu: directory("cpuacct").map(|cpuacct| cpu(cpuacct, directory("cpu"))).into(),
+        memory: memory.map(self::memory).into(),
+        memory_oom_control: memory.map(oom_control).into(),
+        blkio: directory("blkio").map(blkio).into(),
+        rdma: directory("rdma").map(rdma).into(),
+        hugetlb: directory("hugetlb").map(hugetlb).unwrap_or_default(),
+        ..Metrics::default()
     }
-    metrics.blkio = directory("blkio").map(blkio).into();
-    metrics.rdma = directory("rdma").map(rdma).into();
-    metrics.hugetlb = directory("hugetlb").map(hugetlb).unwrap_or_default();
-    metrics
 }
 
 fn pids(directory: &Path) -> PidsStat {

@@ -10,25 +10,26 @@ use containerd_shim_protos::cgroups_v2::metrics::{
 use super::read::{Table, huge_page_sizes, number};
 
 pub(super) fn collect(directory: &Path) -> Metrics {
-    let mut metrics = Metrics::default();
     let pids = PidsStat {
         current: number(directory, "pids.current"),
         limit: number(directory, "pids.max"),
         ..PidsStat::default()
     };
-    metrics.pids = Some(pids).into();
-    metrics.cpu = Some(cpu(directory)).into();
-    metrics.memory = Some(memory(directory)).into();
-    metrics.memory_events = Some(memory_events(directory)).into();
-    metrics.io = Some(io(directory)).into();
     let rdma = RdmaStat {
         current: rdma_entries(directory, "rdma.current"),
         limit: rdma_entries(directory, "rdma.max"),
         ..RdmaStat::default()
     };
-    metrics.rdma = Some(rdma).into();
-    metrics.hugetlb = hugetlb(directory);
-    metrics
+    Metrics {
+        pids: Some(pids).into(),
+        cpu: Some(cpu(directory)).into(),
+        memory: Some(memory(directory)).into(),
+        memory_events: Some(memory_events(directory)).into(),
+        io: Some(io(directory)).into(),
+        rdma: Some(rdma).into(),
+        hugetlb: hugetlb(directory),
+        ..Metrics::default()
+    }
 }
 
 fn cpu(directory: &Path) -> CPUStat {

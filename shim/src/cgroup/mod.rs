@@ -16,7 +16,7 @@ use std::{
 
 use protobuf::{Message, well_known_types::any::Any};
 
-use crate::error::{Error, Result};
+use crate::error::{Result, ShimError};
 
 pub(crate) use oom::OomWatch;
 
@@ -38,9 +38,9 @@ impl Cgroup {
     /// # Errors
     /// When `/proc` cannot be read or names no group.
     pub(crate) fn of(pid: i32) -> Result<Self> {
-        let read = |path: &str| fs::read_to_string(path).map_err(Error::io(format!("read {path}")));
+        let read = |path: &str| fs::read_to_string(path).map_err(ShimError::io(format!("read {path}")));
         Self::parse(&read(&format!("/proc/{pid}/cgroup"))?, &read("/proc/self/mountinfo")?).ok_or_else(|| {
-            Error::io(format!("find the cgroups of {pid}"))(std::io::ErrorKind::NotFound.into())
+            ShimError::io(format!("find the cgroups of {pid}"))(std::io::ErrorKind::NotFound.into())
         })
     }
 
@@ -87,9 +87,9 @@ impl Cgroup {
     /// Returns what the container has used, as the message containerd expects for the kind of groups.
     ///
     /// # Errors
-    /// [`Error::Undecodable`] when the message cannot be encoded; missing files count as 0.
+    /// [`ShimError::Undecodable`] when the message cannot be encoded; missing files count as 0.
     pub(crate) fn metrics(&self) -> Result<Any> {
-        let encode = |source| Error::Undecodable { what: "metrics", source };
+        let encode = |source| ShimError::Undecodable { what: "metrics", source };
         let (type_url, value) = match self {
             Self::V1(found) => (
                 "io.containerd.cgroups.v1.Metrics",

@@ -6,7 +6,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{Container, Ended};
 use crate::{
-    error::{Error, Result},
+    error::{Result, ShimError},
     options::CheckpointOptions,
 };
 
@@ -56,11 +56,11 @@ impl Container {
     /// Makes the actor do what `request` makes of a reply, and waits for the answer.
     ///
     /// # Errors
-    /// The verb's own, and [`Error::Deleted`] when the container went away before its turn came.
+    /// The verb's own, and [`ShimError::Deleted`] when the container went away before its turn came.
     pub(crate) async fn call<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         self.ask(request(reply))?;
-        answer.await.unwrap_or_else(|_| Err(Error::Deleted { id: self.id.clone() }))
+        answer.await.unwrap_or_else(|_| Err(ShimError::Deleted { id: self.id.clone() }))
     }
 }
 

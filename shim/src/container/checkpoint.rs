@@ -10,7 +10,7 @@ use super::{
     actor::{Reply, answer},
 };
 use crate::{
-    error::{Error, Result},
+    error::{Result, ShimError},
     options::CheckpointOptions,
     verb::Verb,
 };
@@ -39,24 +39,24 @@ impl Container {
             match state.phase {
                 Phase::Running | Phase::Paused => {}
                 Phase::Created | Phase::Restorable(_) => {
-                    return Err(Error::WrongState { verb: "checkpoint", state: "created", what: "task" });
+                    return Err(ShimError::WrongState { verb: "checkpoint", state: "created", what: "task" });
                 }
                 _ => {
                     let now = state.phase.name();
-                    return Err(Error::WrongState { verb: "checkpoint", state: now, what: "container" });
+                    return Err(ShimError::WrongState { verb: "checkpoint", state: now, what: "container" });
                 }
             }
         }
         let image = if path.is_empty() { &options.image_path } else { path };
         if image.is_empty() {
             let reason = "a directory, or godwit://HOST, is needed";
-            return Err(Error::RefusedOption { name: "image_path".to_owned(), reason });
+            return Err(ShimError::RefusedOption { name: "image_path".to_owned(), reason });
         }
         let image = image.to_owned();
         let own_work = options.work_path.is_empty();
         let work =
             if own_work { self.bundle.join("work/criu-work") } else { options.work_path.clone().into() };
-        fs::create_dir_all(&work).map_err(Error::io(format!("make {}", work.display())))?;
+        fs::create_dir_all(&work).map_err(ShimError::io(format!("make {}", work.display())))?;
         let verb = Verb::Checkpoint(options.into_verb(image.clone().into(), work.clone()));
         let done = self.run(verb).await;
         let done = done.map_err(|error| self.with_dump_log(error, &work));
@@ -73,14 +73,14 @@ impl Container {
     }
 
     /// Keeps CRIU's log where it outlives the work directory, and says where.
-    fn with_dump_log(&self, error: Error, work: &Path) -> Error {
-        let Error::Runtime { verb, message } = error else { return error };
+    fn with_dump_log(&self, error: ShimError, work: &Path) -> ShimError {
+        let ShimError::Runtime { verb, message } = error else { return error };
         let log = self.bundle.join("criu-dump.log");
         let first = message.lines().next().unwrap_or_default();
         match fs::copy(work.join("dump.log"), &log) {
-            Ok(_) => Error::Runtime { verb, message: format!("{first} path= {}", log.display()) },
+            Ok(_) => ShimError::Runtime { verb, message: format!("{first} path= {}", log.display()) },
             // CRIU was never reached.
-            Err(_) => Error::Runtime { verb, message },
+            Err(_) => ShimError::Runtime { verb, message },
         }
     }
 }

@@ -17,7 +17,7 @@ use super::{Container, Phase, Process, Settings, Shared, State, restore::Image};
 use crate::{
     bundle::{self, Record, Spec},
     cgroup::{Cgroup, OomWatch},
-    error::{Error, Result},
+    error::{Result, ShimError},
     options::CreateOptions,
     reaper::Exit,
     runtime::{Call, Program, Runtime, VerbStdio},
@@ -220,13 +220,13 @@ async fn mount(mounts: &[Mount], rootfs: &Path) -> Result<()> {
         .recursive(true)
         .mode(0o711)
         .create(rootfs)
-        .map_err(Error::io(format!("make {}", rootfs.display())))?;
+        .map_err(ShimError::io(format!("make {}", rootfs.display())))?;
     for mount in mounts {
         // A mount may have a place below the root; it is containerd's own word, made from the image's config.
         let target = rootfs.join(mount.target.trim_start_matches('/'));
         containerd_shim::util::mount_rootfs(mount, &target)
             .await
-            .map_err(|source| Error::Library { action: "mount the root filesystem", source })?;
+            .map_err(|source| ShimError::Library { action: "mount the root filesystem", source })?;
     }
     Ok(())
 }

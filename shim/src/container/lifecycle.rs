@@ -7,7 +7,7 @@ use containerd_shim_protos::events::task;
 use super::{Container, Ended, Phase, Process, create::unmount, restore::Image};
 use crate::{
     bundle::{self, read_pid},
-    error::{Error, Result},
+    error::{Result, ShimError},
     runtime::{Call, VerbStdio},
     stdio::{Address, Prepared},
     verb::Verb,
@@ -34,7 +34,11 @@ impl Container {
                     Some(image)
                 }
                 phase => {
-                    return Err(Error::WrongState { verb: "start", state: phase.name(), what: "process" });
+                    return Err(ShimError::WrongState {
+                        verb: "start",
+                        state: phase.name(),
+                        what: "process",
+                    });
                 }
             }
         };
@@ -70,13 +74,17 @@ impl Container {
         // The name becomes part of file names.
         if exec_id.is_empty() || exec_id.contains('/') {
             let reason = "expected a name without '/'";
-            return Err(Error::RefusedOption { name: "exec_id".to_owned(), reason });
+            return Err(ShimError::RefusedOption { name: "exec_id".to_owned(), reason });
         }
         if state.execs.contains_key(exec_id) {
-            return Err(Error::ExecExists { exec_id: exec_id.to_owned() });
+            return Err(ShimError::ExecExists { exec_id: exec_id.to_owned() });
         }
         if !matches!(state.phase, Phase::Created | Phase::Running) {
-            return Err(Error::WrongState { verb: "exec in", state: state.phase.name(), what: "container" });
+            return Err(ShimError::WrongState {
+                verb: "exec in",
+                state: state.phase.name(),
+                what: "container",
+            });
         }
         state.execs.insert(exec_id.to_owned(), Process::new(address, spec));
         drop(state);
@@ -95,11 +103,11 @@ impl Container {
             let init_ended = state.init_ended;
             let process = state.process_mut(exec_id)?;
             if init_ended {
-                return Err(Error::InitEnded { id: self.id.clone() });
+                return Err(ShimError::InitEnded { id: self.id.clone() });
             }
             if process.pid != 0 || process.has_ended() {
                 let now = if process.has_ended() { "stopped" } else { "running" };
-                return Err(Error::WrongState { verb: "start", state: now, what: "process" });
+                return Err(ShimError::WrongState { verb: "start", state: now, what: "process" });
             }
             let found = (process.address.clone(), process.spec.clone());
             state.running_execs += 1;
@@ -123,7 +131,7 @@ impl Container {
         let process_file = self.bundle.join(format!("{exec_id}.json"));
         let pid_file = self.bundle.join(format!("{exec_id}.pid"));
         fs::write(&process_file, process_json(spec, address.terminal)?)
-            .map_err(Error::io(format!("write {}", process_file.display())))?;
+            .map_err(ShimError::io(format!("write {}", process_file.display())))?;
         let mut prepared = Prepared::new(address, &self.owner(exec_id)).await?;
         let verb = Verb::Exec {
             process: process_file.clone(),
@@ -164,7 +172,7 @@ impl Container {
             };
             if running {
                 let now = if exec_id.is_empty() { state.phase.name() } else { "running" };
-                return Err(Error::WrongState { verb: "delete", state: now, what: "process" });
+                return Err(ShimError::WrongState { verb: "delete", state: now, what: "process" });
             }
             state.process_mut(exec_id)?.streams.take()
         };
@@ -176,7 +184,7 @@ impl Container {
         }
         fs::remove_file(self.bundle.join(format!("{exec_id}.pid"))).ok();
         let process = self.lock().execs.remove(exec_id);
-        let process = process.ok_or_else(|| Error::NoProcess { exec_id: exec_id.to_owned() })?;
+        let process = process.ok_or_else(|| ShimError::NoProcess { exec_id: exec_id.to_owned() })?;
         let ended = *process.ended.borrow();
         Ok((process.pid, ended))
     }
@@ -184,7 +192,7 @@ impl Container {
     async fn delete_container(&self) -> Result<(i32, Option<Ended>)> {
         match self.run(Verb::Delete { force: false }).await {
             // A checkpoint that ends the container deletes it, and one that was never restored never was.
-            Err(Error::Runtime { message, .. }) if message.contains("does not exist") => {}
+            Err(ShimError::Runtime { message, .. }) if message.contains("does not exist") => {}
             deleted => drop(deleted?),
         }
         if let Some(rootfs) = &self.settings.rootfs {
@@ -218,11 +226,11 @@ impl Container {
             match state.phase {
                 Phase::Running => state.phase = Phase::Pausing,
                 Phase::Created | Phase::Restorable(_) => {
-                    return Err(Error::WrongState { verb: "pause", state: "created", what: "task" });
+                    return Err(ShimError::WrongState { verb: "pause", state: "created", what: "task" });
                 }
                 _ => {
                     let now = state.phase.name();
-                    return Err(Error::WrongState { verb: "pause", state: now, what: "container" });
+                    return Err(ShimError::WrongState { verb: "pause", state: now, what: "container" });
                 }
             }
         }
@@ -256,9 +264,9 @@ impl Container {
         match now {
             Phase::Paused => self.thaw().await,
             Phase::Created | Phase::Restorable(_) => {
-                Err(Error::WrongState { verb: "resume", state: "created", what: "task" })
+                Err(ShimError::WrongState { verb: "resume", state: "created", what: "task" })
             }
-            phase => Err(Error::WrongState { verb: "resume", state: phase.name(), what: "process" }),
+            phase => Err(ShimError::WrongState { verb: "resume", state: phase.name(), what: "process" }),
         }
     }
 
@@ -282,7 +290,7 @@ impl Container {
             let state = self.lock();
             self.not_migrating(&state, "update")?;
             if state.phase == Phase::Stopped {
-                return Err(Error::WrongState { verb: "update", state: "stopped", what: "container" });
+                return Err(ShimError::WrongState { verb: "update", state: "stopped", what: "container" });
             }
         }
         self.run(Verb::Update { resources }).await.map(drop)
@@ -330,7 +338,7 @@ impl Container {
 
 /// Returns the OCI process to be run, its terminal being what the request says.
 fn process_json(spec: &[u8], terminal: bool) -> Result<Vec<u8>> {
-    let bad = |source| Error::BadJson { what: "the process to run", source };
+    let bad = |source| ShimError::BadJson { what: "the process to run", source };
     let mut process: serde_json::Value = serde_json::from_slice(spec).map_err(bad)?;
     if let Some(process) = process.as_object_mut() {
         process.insert("terminal".to_owned(), terminal.into());

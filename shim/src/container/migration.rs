@@ -31,7 +31,7 @@ use super::{
 use crate::{
     bundle,
     cgroup::Cgroup,
-    error::{Error, Result},
+    error::{Result, ShimError},
     verb::Verb,
     worker::{Events, Order, Worker},
 };
@@ -78,12 +78,12 @@ enum Outcome {
 impl Container {
     /// Tells how far the latest migration is, as JSON. One that ended well is released by that.
     pub(crate) fn migration_status(&self) -> Result<String> {
-        let never = || Error::NeverMigrated { id: self.id.clone() };
+        let never = || ShimError::NeverMigrated { id: self.id.clone() };
         let state = self.lock();
         let migration = state.migration.as_ref().ok_or_else(never)?;
         let snapshot = migration.snapshot.as_ref().ok_or_else(never)?;
         let json = serde_json::to_string(snapshot)
-            .map_err(|source| Error::BadJson { what: "the migration's snapshot", source })?;
+            .map_err(|source| ShimError::BadJson { what: "the migration's snapshot", source })?;
         if snapshot.ended.is_some() {
             migration.release.notify_one();
         }
@@ -94,12 +94,12 @@ impl Container {
     pub(crate) fn cancel_migration(&self) -> Result<()> {
         let state = self.lock();
         let migration =
-            state.migration.as_ref().ok_or_else(|| Error::NeverMigrated { id: self.id.clone() })?;
+            state.migration.as_ref().ok_or_else(|| ShimError::NeverMigrated { id: self.id.clone() })?;
         let told = match &migration.commands {
             Some(commands) if migration.running => commands.send(Command::Cancel).is_ok(),
             _ => false,
         };
-        if told { Ok(()) } else { Err(Error::NotMigrating { id: self.id.clone() }) }
+        if told { Ok(()) } else { Err(ShimError::NotMigrating { id: self.id.clone() }) }
     }
 
     /// Lets a committed worker remove the source: the client has gone on.
@@ -155,7 +155,7 @@ impl Container {
             self.not_migrating(&state, "migrate")?;
             if !matches!(state.phase, Phase::Running | Phase::Paused) {
                 let now = state.phase.name();
-                return Err(Error::WrongState { verb: "migrate", state: now, what: "container" });
+                return Err(ShimError::WrongState { verb: "migrate", state: now, what: "container" });
             }
             let snapshot = Snapshot {
                 migration,
@@ -214,7 +214,7 @@ impl Container {
     fn start_worker(&self, request: &MigrationRequest, resolve: bool) -> Result<Worker> {
         let target = self.settings.record.target(&self.bundle, &self.id);
         let work = self.bundle.join("work");
-        std::fs::create_dir_all(&work).map_err(Error::io(format!("make {}", work.display())))?;
+        std::fs::create_dir_all(&work).map_err(ShimError::io(format!("make {}", work.display())))?;
         let order = Order {
             target: &target,
             namespace: &self.shared.namespace,
@@ -386,6 +386,6 @@ impl Container {
 /// Returns a name that no other migration has.
 fn new_name() -> Result<MigrationId> {
     const SOURCE: &str = "/proc/sys/kernel/random/uuid";
-    let name = std::fs::read_to_string(SOURCE).map_err(Error::io(format!("read {SOURCE}")))?;
+    let name = std::fs::read_to_string(SOURCE).map_err(ShimError::io(format!("read {SOURCE}")))?;
     Ok(MigrationId::try_from(name.trim().to_owned())?)
 }

@@ -43,7 +43,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use crate::{
     bundle::Record,
     cgroup::{Cgroup, OomWatch},
-    error::{Error, Result},
+    error::{Result, ShimError},
     events::Publisher,
     reaper::Reaper,
     runtime::Runtime,
@@ -198,14 +198,16 @@ impl Container {
     /// Refuses `verb` while a migration runs.
     fn not_migrating(&self, state: &State, verb: &'static str) -> Result<()> {
         match &state.migration {
-            Some(migration) if migration.is_running() => Err(Error::Migrating { verb, id: self.id.clone() }),
+            Some(migration) if migration.is_running() => {
+                Err(ShimError::Migrating { verb, id: self.id.clone() })
+            }
             _ => Ok(()),
         }
     }
 
     /// Hands a request to the actor.
     pub(crate) fn ask(&self, request: Request) -> Result<()> {
-        self.mailbox.send(request).map_err(|_| Error::Deleted { id: self.id.clone() })
+        self.mailbox.send(request).map_err(|_| ShimError::Deleted { id: self.id.clone() })
     }
 }
 
@@ -231,13 +233,13 @@ impl State {
         if exec_id.is_empty() {
             return Ok(&self.init);
         }
-        self.execs.get(exec_id).ok_or_else(|| Error::NoProcess { exec_id: exec_id.to_owned() })
+        self.execs.get(exec_id).ok_or_else(|| ShimError::NoProcess { exec_id: exec_id.to_owned() })
     }
 
     fn process_mut(&mut self, exec_id: &str) -> Result<&mut Process> {
         if exec_id.is_empty() {
             return Ok(&mut self.init);
         }
-        self.execs.get_mut(exec_id).ok_or_else(|| Error::NoProcess { exec_id: exec_id.to_owned() })
+        self.execs.get_mut(exec_id).ok_or_else(|| ShimError::NoProcess { exec_id: exec_id.to_owned() })
     }
 }

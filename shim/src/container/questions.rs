@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use super::{Container, Ended, Phase, Process, State};
 use crate::{
-    error::{Error, Result},
+    error::{Result, ShimError},
     runtime::Call,
     stdio::Address,
     verb::Verb,
@@ -58,8 +58,10 @@ impl Container {
             Some(cgroup) => cgroup.processes(),
             None => {
                 let printed = self.run(Verb::Ps).await?;
-                serde_json::from_slice(&printed)
-                    .map_err(|source| Error::BadJson { what: "the runtime's list of processes", source })?
+                serde_json::from_slice(&printed).map_err(|source| ShimError::BadJson {
+                    what: "the runtime's list of processes",
+                    source,
+                })?
             }
         };
         let state = self.lock();
@@ -68,7 +70,7 @@ impl Container {
 
     /// Returns what the container has used.
     pub(crate) fn stats(&self) -> Result<Any> {
-        let cgroup = self.lock().cgroup.clone().ok_or(Error::Unstarted)?;
+        let cgroup = self.lock().cgroup.clone().ok_or(ShimError::Unstarted)?;
         cgroup.metrics()
     }
 
@@ -77,7 +79,7 @@ impl Container {
         let state = self.lock();
         let process = state.process(exec_id)?;
         if !exec_id.is_empty() && process.has_ended() {
-            return Err(Error::WrongState { verb: "resize", state: "stopped", what: "container" });
+            return Err(ShimError::WrongState { verb: "resize", state: "stopped", what: "container" });
         }
         process.streams.as_ref().map_or(Ok(()), |streams| streams.resize(columns, rows))
     }
@@ -96,10 +98,10 @@ impl Container {
             let state = self.lock();
             let process = state.process(exec_id)?;
             if !exec_id.is_empty() && process.pid == 0 {
-                return Err(Error::NotCreated);
+                return Err(ShimError::NotCreated);
             }
             if process.has_ended() {
-                return Err(Error::Finished);
+                return Err(ShimError::Finished);
             }
             let direct = !exec_id.is_empty() || self.reaches_directly(&state, all);
             (direct && process.pid != 0).then_some(process.pid)
@@ -111,7 +113,7 @@ impl Container {
             return Ok(());
         }
         if self.lock().init.pid == 0 {
-            return Err(Error::Unstarted);
+            return Err(ShimError::Unstarted);
         }
         self.runtime.run(Verb::Kill { signal, all }.into()).await.map(drop).map_err(kill_error)
     }
@@ -130,7 +132,7 @@ impl Container {
         }
         godwit_sys::process::kill_group(group)
             .map_err(std::io::Error::other)
-            .map_err(Error::io("stop the restore"))?;
+            .map_err(ShimError::io("stop the restore"))?;
         Ok(true)
     }
 
@@ -158,22 +160,24 @@ fn send_signal(pid: i32, signal: u32) -> Result<()> {
     let number = i32::try_from(signal).unwrap_or(i32::MAX);
     match PidFd::open(pid).and_then(|process| process.send_signal(number)) {
         Ok(()) => Ok(()),
-        Err(SysError::NoProcess { .. }) => Err(Error::Finished),
-        Err(error) => Err(Error::io(format!("send signal {signal} to {pid}"))(std::io::Error::other(error))),
+        Err(SysError::NoProcess { .. }) => Err(ShimError::Finished),
+        Err(error) => {
+            Err(ShimError::io(format!("send signal {signal} to {pid}"))(std::io::Error::other(error)))
+        }
     }
 }
 
 /// Tells "already gone" from other failures by the runtime's words, as containerd's own shim does.
-fn kill_error(error: Error) -> Error {
-    let Error::Runtime { message, .. } = &error else { return error };
+fn kill_error(error: ShimError) -> ShimError {
+    let ShimError::Runtime { message, .. } = &error else { return error };
     let message = message.to_lowercase();
     if ["process already finished", "container not running", "no such process"]
         .iter()
         .any(|words| message.contains(words))
     {
-        return Error::Finished;
+        return ShimError::Finished;
     }
-    if message.contains("does not exist") { Error::Unstarted } else { error }
+    if message.contains("does not exist") { ShimError::Unstarted } else { error }
 }
 
 #[cfg(test)]
@@ -182,11 +186,12 @@ mod unit_tests {
 
     #[test]
     fn a_runtime_that_finds_nobody_to_signal_means_gone() {
-        let kill = |message: &str| kill_error(Error::Runtime { verb: "kill", message: message.to_owned() });
-        assert!(matches!(kill("container not running"), Error::Finished));
-        assert!(matches!(kill("os: process already finished"), Error::Finished));
-        assert!(matches!(kill("No such process"), Error::Finished));
-        assert!(matches!(kill("container does not exist"), Error::Unstarted));
-        assert!(matches!(kill("permission denied"), Error::Runtime { .. }));
+        let kill =
+            |message: &str| kill_error(ShimError::Runtime { verb: "kill", message: message.to_owned() });
+        assert!(matches!(kill("container not running"), ShimError::Finished));
+        assert!(matches!(kill("os: process already finished"), ShimError::Finished));
+        assert!(matches!(kill("No such process"), ShimError::Finished));
+        assert!(matches!(kill("container does not exist"), ShimError::Unstarted));
+        assert!(matches!(kill("permission denied"), ShimError::Runtime { .. }));
     }
 }

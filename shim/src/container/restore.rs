@@ -9,7 +9,7 @@ use std::{
 
 use super::{Container, create::CreateRequest};
 use crate::{
-    error::{Error, Result},
+    error::{Result, ShimError},
     verb::{MigrateTarget, Restore, Verb},
 };
 
@@ -41,7 +41,7 @@ impl Image {
         if let Some(socket) = path.strip_prefix(INCOMING) {
             if !socket.starts_with('/') {
                 let reason = "expected godwit-incoming:///ABSOLUTE/PATH";
-                return Err(Error::RefusedOption { name: path.to_owned(), reason });
+                return Err(ShimError::RefusedOption { name: path.to_owned(), reason });
             }
             return Ok(Some(Self::Incoming(socket.into())));
         }
@@ -84,7 +84,8 @@ impl Container {
         console: Option<PathBuf>,
     ) -> Result<Verb> {
         let settings = &self.settings;
-        fs::create_dir_all(&settings.work).map_err(Error::io(format!("make {}", settings.work.display())))?;
+        fs::create_dir_all(&settings.work)
+            .map_err(ShimError::io(format!("make {}", settings.work.display())))?;
         Ok(match image {
             Image::Directory { path, parent } => Verb::Restore(Restore {
                 image: path.clone(),
@@ -107,7 +108,7 @@ impl Container {
     }
 
     fn follow_incoming(self: &Arc<Self>) -> Result<OwnedFd> {
-        let (reader, writer) = std::io::pipe().map_err(Error::io("make a pipe"))?;
+        let (reader, writer) = std::io::pipe().map_err(ShimError::io("make a pipe"))?;
         self.watch_incoming(reader.into())?;
         Ok(writer.into())
     }
@@ -143,6 +144,6 @@ mod tests {
         request.checkpoint = "/i".to_owned();
         assert_eq!(Image::of(&request).unwrap(), Some(Image::Directory { path: "/i".into(), parent: None }));
         request.checkpoint = "godwit-incoming://x".to_owned();
-        assert!(Image::of(&request).is_err());
+        Image::of(&request).unwrap_err();
     }
 }

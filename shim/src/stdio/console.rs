@@ -12,7 +12,7 @@ use std::{
 use godwit_sys::fdpass;
 use tokio::net::UnixListener;
 
-use crate::error::{Error, Result};
+use crate::error::{Result, ShimError};
 
 /// Short, because the path of a socket has at most 107 bytes and a bundle's may be longer than that.
 const DIRECTORY: &str = "/run/godwit/console";
@@ -39,15 +39,16 @@ impl ConsoleSocket {
             .recursive(true)
             .mode(0o700)
             .create(DIRECTORY)
-            .map_err(Error::io(format!("make {DIRECTORY}")))?;
+            .map_err(ShimError::io(format!("make {DIRECTORY}")))?;
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = Path::new(DIRECTORY).join(format!("{}-{number}", std::process::id()));
         // Left by a former process with our pid.
         fs::remove_file(&path).ok();
-        let listener = UnixListener::bind(&path).map_err(Error::io(format!("bind {}", path.display())))?;
+        let listener =
+            UnixListener::bind(&path).map_err(ShimError::io(format!("bind {}", path.display())))?;
         let socket = Self { listener, path };
         fs::set_permissions(&socket.path, fs::Permissions::from_mode(0o600))
-            .map_err(Error::io(format!("protect {}", socket.path.display())))?;
+            .map_err(ShimError::io(format!("protect {}", socket.path.display())))?;
         Ok(socket)
     }
 
@@ -57,21 +58,21 @@ impl ConsoleSocket {
 
     /// Returns the master that the runtime sent.
     pub(super) async fn receive(self) -> Result<File> {
-        let timed_out = |_| Error::TimedOut { what: "the container's terminal" };
+        let timed_out = |_| ShimError::TimedOut { what: "the container's terminal" };
         let accepted =
             tokio::time::timeout(RECEIVE_LIMIT, self.listener.accept()).await.map_err(timed_out)?;
-        let (stream, _) = accepted.map_err(Error::io("accept the runtime's connection"))?;
+        let (stream, _) = accepted.map_err(ShimError::io("accept the runtime's connection"))?;
         tokio::time::timeout(RECEIVE_LIMIT, stream.readable())
             .await
             .map_err(timed_out)?
-            .map_err(Error::io("wait for the terminal"))?;
+            .map_err(ShimError::io("wait for the terminal"))?;
         let mut name = [0; NAME_MAX];
         let mut received = fdpass::receive(&stream, &mut name)
             .map_err(std::io::Error::other)
-            .map_err(Error::io("receive the terminal"))?;
+            .map_err(ShimError::io("receive the terminal"))?;
         match (received.fds.pop(), received.fds.is_empty()) {
             (Some(master), true) => Ok(master.into()),
-            _ => Err(Error::io("receive the terminal")(std::io::Error::other("expected one descriptor"))),
+            _ => Err(ShimError::io("receive the terminal")(std::io::Error::other("expected one descriptor"))),
         }
     }
 }

@@ -23,7 +23,7 @@ use tokio::{io::AsyncReadExt, net::unix::pipe, sync::oneshot, time::timeout};
 
 use super::Owner;
 use crate::{
-    error::{Error, Result},
+    error::{Result, ShimError},
     reaper::Exit,
 };
 
@@ -64,7 +64,7 @@ impl LoggerUri {
             (_, Some(rest)) => (true, rest),
             _ => return Ok(None),
         };
-        let bad = |reason| Error::BadStdio { uri: uri.to_owned(), reason };
+        let bad = |reason| ShimError::BadStdio { uri: uri.to_owned(), reason };
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
         let decode = |text: &str| percent_decode(text).ok_or_else(|| bad("it is not percent-encoded UTF-8"));
         let mut arguments = Vec::new();
@@ -93,7 +93,7 @@ pub(super) struct Logger {
 impl Logger {
     /// Starts the program and waits until it is ready; returns its inputs for stdout and stderr.
     pub(super) async fn start(uri: &LoggerUri, owner: &Owner) -> Result<(Self, [OwnedFd; 2])> {
-        let new_pipe = || std::io::pipe().map_err(Error::io("make a pipe"));
+        let new_pipe = || std::io::pipe().map_err(ShimError::io("make a pipe"));
         let (out_reader, out_writer) = new_pipe()?;
         let (err_reader, err_writer) = new_pipe()?;
         let (ready_reader, ready_writer) = new_pipe()?;
@@ -106,19 +106,19 @@ impl Logger {
             let _placed = Placed::new(&theirs)?;
             owner.reaper.spawn(&mut command)
         };
-        let (pid, ended) = started.map_err(Error::io(format!("run {}", uri.program)))?;
+        let (pid, ended) = started.map_err(ShimError::io(format!("run {}", uri.program)))?;
         let logger = Self { pid, ended };
         let mut ready =
-            pipe::Receiver::from_owned_fd(ready_reader.into()).map_err(Error::io("use a pipe"))?;
+            pipe::Receiver::from_owned_fd(ready_reader.into()).map_err(ShimError::io("use a pipe"))?;
         let mut byte = [0];
         let read = timeout(READY_LIMIT, ready.read(&mut byte)).await;
         let failure = match read {
-            Ok(Ok(0)) if uri.strict => Error::io("start the logging program")(std::io::Error::other(
+            Ok(Ok(0)) if uri.strict => ShimError::io("start the logging program")(std::io::Error::other(
                 "it did not say that it is ready",
             )),
             Ok(Ok(_)) => return Ok((logger, [out_writer.into(), err_writer.into()])),
-            Ok(Err(source)) => Error::io("wait for the logging program")(source),
-            Err(_) => Error::TimedOut { what: "the logging program to be ready" },
+            Ok(Err(source)) => ShimError::io("wait for the logging program")(source),
+            Err(_) => ShimError::TimedOut { what: "the logging program to be ready" },
         };
         logger.signal(libc::SIGKILL);
         Err(failure)
@@ -153,10 +153,10 @@ impl Placed {
         let fixed = reserved.iter().zip(FIRST..).all(|(fd, number)| fd.as_raw_fd() == number);
         if reserved.len() != pipes.len() || !fixed {
             let taken = std::io::Error::other("descriptors 3 to 5 were taken when the shim started");
-            return Err(Error::io("start the logging program")(taken));
+            return Err(ShimError::io("start the logging program")(taken));
         }
         for (pipe, place) in pipes.iter().zip(reserved.iter_mut()) {
-            unistd::dup2(pipe, place).map_err(Error::errno("place a pipe"))?;
+            unistd::dup2(pipe, place).map_err(ShimError::errno("place a pipe"))?;
         }
         Ok(Self)
     }
@@ -211,7 +211,7 @@ mod tests {
     fn other_schemes_are_left_alone_and_broken_ones_refused() {
         assert_eq!(LoggerUri::parse("/run/fifo").unwrap(), None);
         assert_eq!(LoggerUri::parse("file:///x").unwrap(), None);
-        assert!(LoggerUri::parse("binary://relative").is_err());
-        assert!(LoggerUri::parse("binary:///x?%zz").is_err());
+        LoggerUri::parse("binary://relative").unwrap_err();
+        LoggerUri::parse("binary:///x?%zz").unwrap_err();
     }
 }

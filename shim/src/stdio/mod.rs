@@ -34,7 +34,7 @@ use tokio::{
 };
 
 use crate::{
-    error::{Error, Result},
+    error::{Result, ShimError},
     reaper::Reaper,
 };
 
@@ -97,7 +97,7 @@ impl Prepared {
     /// Makes the pipes, the console socket or the logging program that `address` asks for.
     ///
     /// # Errors
-    /// [`Error::BadStdio`] for an address that cannot be understood, [`Error::Io`] otherwise.
+    /// [`ShimError::BadStdio`] for an address that cannot be understood, [`ShimError::Io`] otherwise.
     pub(crate) async fn new(address: &Address, owner: &Owner) -> Result<Self> {
         let kind = match (address.terminal, LoggerUri::parse(&address.stdout)?) {
             (true, None) => Kind::Terminal { socket: ConsoleSocket::bind()?, logger: None },
@@ -144,7 +144,7 @@ impl Prepared {
             Kind::Copied { ours, .. } => {
                 if let Some(stdin) = ours.stdin {
                     let sender =
-                        pipe::Sender::from_owned_fd(stdin.into()).map_err(Error::io("use a pipe"))?;
+                        pipe::Sender::from_owned_fd(stdin.into()).map_err(ShimError::io("use a pipe"))?;
                     streams.copies.copy_from_fifo(&address.stdin, sender).map_err(library("open stdin"))?;
                 }
                 if let Some(stdout) = ours.stdout {
@@ -165,7 +165,7 @@ impl Prepared {
                 }
                 if let Some((logger, stdout)) = logger {
                     streams.logger = Some(logger);
-                    let sender = pipe::Sender::from_owned_fd(stdout).map_err(Error::io("use a pipe"))?;
+                    let sender = pipe::Sender::from_owned_fd(stdout).map_err(ShimError::io("use a pipe"))?;
                     streams.own_copies.push(copy(pty, sender));
                 } else if address.stdout.is_empty() {
                     // Nobody wants it, but a terminal that is not read blocks the process.
@@ -212,7 +212,7 @@ impl Streams {
         let Some(console) = &self.console else { return Ok(()) };
         let size = rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         rustix::termios::tcsetwinsize(console.as_fd(), size)
-            .map_err(|errno| Error::io("resize the terminal")(errno.into()))
+            .map_err(|errno| ShimError::io("resize the terminal")(errno.into()))
     }
 
     /// Waits until what the process wrote has been passed on, then lets go of everything.
@@ -245,7 +245,7 @@ impl Streams {
             .append(true)
             .create(to.starts_with(FILE_SCHEME))
             .open(&path)
-            .map_err(Error::io(format!("open {}", path.display())))?;
+            .map_err(ShimError::io(format!("open {}", path.display())))?;
         self.own_copies.push(copy(from, tokio::fs::File::from_std(file)));
         Ok(())
     }
@@ -258,17 +258,17 @@ fn file_path(address: &str) -> Result<PathBuf> {
     if let Some(path) = address.strip_prefix(FILE_SCHEME) {
         let path = PathBuf::from(path);
         if !path.is_absolute() {
-            return Err(Error::BadStdio { uri: address.to_owned(), reason: "its path is not absolute" });
+            return Err(ShimError::BadStdio { uri: address.to_owned(), reason: "its path is not absolute" });
         }
         if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(Error::io(format!("make {}", parent.display())))?;
+            std::fs::create_dir_all(parent).map_err(ShimError::io(format!("make {}", parent.display())))?;
         }
         return Ok(path);
     }
     let path = address.strip_prefix("fifo://").unwrap_or(address);
     if path.contains("://") {
         let reason = "expected a path, fifo://, file://, binary:// or binary-v2://";
-        return Err(Error::BadStdio { uri: address.to_owned(), reason });
+        return Err(ShimError::BadStdio { uri: address.to_owned(), reason });
     }
     Ok(path.into())
 }
@@ -303,19 +303,19 @@ fn piped(address: &Address, owner: &Owner) -> Result<Kind> {
 }
 
 fn new_pipe() -> Result<(PipeReader, PipeWriter)> {
-    std::io::pipe().map_err(Error::io("make a pipe"))
+    std::io::pipe().map_err(ShimError::io("make a pipe"))
 }
 
 fn owned(fd: OwnedFd, owner: &Owner) -> Result<OwnedFd> {
     if (owner.uid, owner.gid) != (0, 0) {
         fchown(&fd, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))
-            .map_err(Error::errno("give a pipe to the container's user"))?;
+            .map_err(ShimError::errno("give a pipe to the container's user"))?;
     }
     Ok(fd)
 }
 
 fn receiver(reader: PipeReader) -> Result<pipe::Receiver> {
-    pipe::Receiver::from_owned_fd(reader.into()).map_err(Error::io("use a pipe"))
+    pipe::Receiver::from_owned_fd(reader.into()).map_err(ShimError::io("use a pipe"))
 }
 
 fn copy<R, W>(mut from: R, mut to: W) -> JoinHandle<()>
@@ -334,8 +334,8 @@ where
     })
 }
 
-fn library(action: &'static str) -> impl FnOnce(containerd_shim::Error) -> Error {
-    move |source| Error::Library { action, source }
+fn library(action: &'static str) -> impl FnOnce(containerd_shim::Error) -> ShimError {
+    move |source| ShimError::Library { action, source }
 }
 
 #[cfg(test)]
@@ -358,7 +358,7 @@ mod tests {
         assert_eq!(file_path("fifo:///run/x").unwrap(), Path::new("/run/x"));
         let error = file_path("gopher://x").unwrap_err().to_string();
         assert!(error.contains("gopher://x"), "{error}");
-        assert!(file_path("file://relative").is_err());
+        file_path("file://relative").unwrap_err();
     }
 
     #[tokio::test(flavor = "current_thread")]
