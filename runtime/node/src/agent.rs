@@ -20,7 +20,7 @@ mod migration;
 
 use std::{
     collections::HashSet,
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, File},
     io,
     net::{SocketAddr, TcpListener, TcpStream},
     os::{fd::AsRawFd, unix::fs::DirBuilderExt},
@@ -32,9 +32,13 @@ use std::{
 
 use godwit_engine::link::Breaker;
 use godwit_protocol::MigrationId;
-use nix::sys::{
-    signal::{SigSet, Signal},
-    socket::{Shutdown, shutdown},
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+    sys::{
+        signal::{SigSet, Signal},
+        socket::{Shutdown, shutdown},
+    },
 };
 
 use crate::{Containerd, NodeError, target};
@@ -60,6 +64,8 @@ pub struct Config {
 #[derive(Debug)]
 pub struct Agent {
     listener: TcpListener,
+    /// Held as long as the agent lives: a second one would take the first one's arrivals for left-overs.
+    _lock: Flock<File>,
     shared: Arc<Shared>,
 }
 
@@ -85,7 +91,8 @@ impl Agent {
     /// Checks that containerd answers, settles what an earlier agent left unfinished, and begins to listen.
     ///
     /// # Errors
-    /// [`NodeError::Unreachable`] without containerd, [`NodeError::Listen`] if the address cannot be had.
+    /// [`NodeError::Unreachable`] without containerd, [`NodeError::AgentRuns`] beside another agent,
+    /// [`NodeError::Listen`] if the address cannot be had.
     pub fn bind(config: Config) -> Result<Self, NodeError> {
         drop(Containerd::connect(&config.containerd, "default")?);
         DirBuilder::new()
@@ -93,13 +100,14 @@ impl Agent {
             .mode(0o700)
             .create(&config.directory)
             .map_err(NodeError::file("create directory", &config.directory))?;
+        let lock = lock(&config.directory)?;
         forget_old_records(&config.directory);
         target::recover(&config.containerd, &config.directory)?;
         let listener = TcpListener::bind(config.listen)
             .map_err(|source| NodeError::Listen { address: config.listen, source })?;
         let state = Mutex::new(State::default());
         let shared = Shared { containerd: config.containerd, directory: config.directory, state };
-        Ok(Self { listener, shared: Arc::new(shared) })
+        Ok(Self { listener, _lock: lock, shared: Arc::new(shared) })
     }
 
     /// Returns where it listens.
@@ -260,6 +268,16 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         self.shared.state().migrations.remove(&self.migration);
+    }
+}
+
+fn lock(directory: &Path) -> Result<Flock<File>, NodeError> {
+    let path = directory.join("agent.lock");
+    let file = File::create(&path).map_err(NodeError::file("create", &path))?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(lock),
+        Err((_, Errno::EWOULDBLOCK)) => Err(NodeError::AgentRuns { directory: directory.to_owned() }),
+        Err((_, errno)) => Err(NodeError::file("lock", &path)(errno.into())),
     }
 }
 

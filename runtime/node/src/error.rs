@@ -80,10 +80,14 @@ pub enum NodeError {
         /// The limit.
         limit_bytes: u64,
     },
+    /// There is an agent on this host already.
+    #[error("another agent works in {directory}: a host has one")]
+    AgentRuns {
+        /// Where it keeps its records.
+        directory: PathBuf,
+    },
     /// The agent cannot listen.
-    #[error(
-        "cannot listen on {address}: {source}; is another agent running, and is this an address of this host?"
-    )]
+    #[error("cannot listen on {address}: {source}; is the port free, and is this an address of this host?")]
     Listen {
         /// Where it was to listen.
         address: SocketAddr,

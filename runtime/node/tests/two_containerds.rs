@@ -9,13 +9,15 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     path::Path,
     thread,
+    time::Duration,
 };
 
 use godwit_engine::Link;
 use godwit_integration::{Bed, BedError, BedOptions, Node, Version, image::catalog::Image, skip::skip};
 use godwit_node::{
-    Source,
+    Containerd, NodeError, Source,
     agent::{Agent, Config},
+    target::Arrival,
 };
 use godwit_protocol::{
     MigrationRequest,
@@ -121,6 +123,17 @@ fn rejection(link: &mut Link) -> Reject {
     }
 }
 
+/// Waits until a node has what it had before.
+fn await_contents(node: &Node, before: &[String]) {
+    for _ in 0..200 {
+        if contents(node) == before {
+            return;
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(contents(node), before);
+}
+
 /// Everything a migration can leave in a containerd.
 fn contents(node: &Node) -> Vec<String> {
     let lists: [&[&str]; 6] = [
@@ -158,6 +171,7 @@ fn run(version: Version) {
     a_blob_with_the_wrong_content_is_refused(&mut scene, &before);
     a_source_that_vanishes_is_cleaned_up_after(&mut scene, &before);
     everything_is_made_and_taken_back(&mut scene, &before);
+    the_next_agent_takes_back_what_a_killed_one_left(&mut scene, &before);
     a_name_that_is_taken_is_told(&mut scene);
     the_source_is_cleaned_up_once_and_again(&scene);
     scene.bed.down().unwrap();
@@ -192,13 +206,7 @@ fn a_source_that_vanishes_is_cleaned_up_after(scene: &mut Scene, before: &[Strin
     let (mut link, accept) = scene.make(offer).unwrap();
     scene.send_blobs(&mut link, &accept.missing);
     drop(link);
-    for _ in 0..200 {
-        if contents(scene.bed.b()) == before {
-            return;
-        }
-        thread::sleep(std::time::Duration::from_millis(50));
-    }
-    assert_eq!(contents(scene.bed.b()), before);
+    await_contents(scene.bed.b(), before);
 }
 
 fn everything_is_made_and_taken_back(scene: &mut Scene, before: &[String]) {
@@ -209,6 +217,23 @@ fn everything_is_made_and_taken_back(scene: &mut Scene, before: &[String]) {
     // It came as far as the shim, which is not godwit's.
     assert!(reject.detail.contains("task"), "{}", reject.detail);
     assert_eq!(contents(scene.bed.b()), before, "{}", reject.detail);
+}
+
+fn the_next_agent_takes_back_what_a_killed_one_left(scene: &mut Scene, before: &[String]) {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = scene.bed.b().path(SOCKET);
+    let containerd = Containerd::connect(&socket, "default").unwrap();
+    let mut arrival = Arrival::begin(containerd, scene.offer(false), directory.path()).unwrap();
+    arrival.create_container().unwrap();
+    // As if the process had been killed: nothing is dropped.
+    std::mem::forget(arrival);
+    assert_ne!(contents(scene.bed.b()), before);
+    let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let config = Config { listen, containerd: socket, directory: directory.path().to_owned() };
+    let next = Agent::bind(config.clone()).unwrap();
+    await_contents(scene.bed.b(), before);
+    assert!(matches!(Agent::bind(config), Err(NodeError::AgentRuns { .. })));
+    drop(next);
 }
 
 fn a_name_that_is_taken_is_told(scene: &mut Scene) {

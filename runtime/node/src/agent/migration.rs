@@ -5,6 +5,7 @@
 //! arrival is settled.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
@@ -126,7 +127,30 @@ fn arrive(seat: &Seat, link: &mut Link, offer: Offer) -> Result<Option<Meeting>,
     let wanted = blobs::wanted(&offer, &missing);
     link.send(&Message::Accept(Box::new(Accept { missing, target: facts })))?;
 
-    let mut arrival = Arrival::begin(containerd, offer, seat.directory())?;
+    let meeting = bring_to_worker(seat, link, Arrival::begin(containerd, offer, seat.directory())?, wanted);
+    match meeting {
+        Ok((socket, arrival, worker, started)) => {
+            Ok(Some(Meeting { _claim: claim, _socket: socket, arrival, record, worker, started }))
+        }
+        Err(refusal) => {
+            // No worker had the link, so there is nothing to ask about.
+            if let Err(error) = record.remove() {
+                log::warn!("{error}");
+            }
+            Err(refusal)
+        }
+    }
+}
+
+type Met = (IncomingSocket, Arrival, UnixStream, Receiver<Result<u32, NodeError>>);
+
+/// Takes the blobs, makes everything, and waits for the task's worker.
+fn bring_to_worker(
+    seat: &Seat,
+    link: &mut Link,
+    mut arrival: Arrival,
+    wanted: BTreeMap<String, u64>,
+) -> Result<Met, Refusal> {
     link.set_silence_max(Some(BLOB_SILENCE_MAX))?;
     blobs::receive(link, &arrival, wanted)?;
     link.set_silence_max(None)?;
@@ -134,7 +158,7 @@ fn arrive(seat: &Seat, link: &mut Link, offer: Offer) -> Result<Option<Meeting>,
     let task = make(link, &mut arrival, &socket.path)?;
     let started = start(task);
     let worker = meet(link, &socket, &started)?;
-    Ok(Some(Meeting { _claim: claim, _socket: socket, arrival, record, worker, started }))
+    Ok((socket, arrival, worker, started))
 }
 
 fn known(offer: &Offer) -> Refusal {
