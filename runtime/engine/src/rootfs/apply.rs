@@ -1,5 +1,6 @@
 //! The target's half: makes paths what the source says they are, below one directory and nowhere else.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -20,8 +21,9 @@ use super::{RootfsError, Sink};
 pub struct Applier {
     root: OwnedFd,
     file: Option<Incoming>,
-    /// Times of directories, set when a pass is over: filling a directory changes its time.
-    directories: Vec<(Vec<u8>, Meta)>,
+    /// Times of directories, set when a pass is over: changing what is in a directory changes its time. They are
+    /// those of the directory's entry, or those it had before the pass.
+    directories: BTreeMap<Vec<u8>, Timestamps>,
     written_bytes: u64,
 }
 
@@ -46,7 +48,7 @@ impl Applier {
         let root = rustix::fs::openat(CWD, rootfs, flags, Mode::empty()).map_err(|errno| {
             RootfsError::File { what: "open", path: rootfs.to_owned(), source: errno.into() }
         })?;
-        Ok(Self { root, file: None, directories: Vec::new(), written_bytes: 0 })
+        Ok(Self { root, file: None, directories: BTreeMap::new(), written_bytes: 0 })
     }
 
     /// Ends a pass: everything that came has been applied when this returns.
@@ -55,12 +57,11 @@ impl Applier {
     /// [`RootfsError::File`].
     pub fn end(&mut self) -> Result<(), RootfsError> {
         self.finish_file()?;
-        for (path, meta) in std::mem::take(&mut self.directories).into_iter().rev() {
-            // A directory may have been replaced since; its successor has an entry of its own.
-            if let Some((parent, name)) = self.place(&path)? {
-                set_times(&parent, name, &meta)
-                    .or_else(absent_is_well)
-                    .map_err(RootfsError::file("date", &path))?;
+        for (path, times) in std::mem::take(&mut self.directories) {
+            let Some((parent, name)) = self.place(&path)? else { continue };
+            // A directory that was replaced since has an entry of its own, or is none any more.
+            if kind_of(&parent, name, &path)? == Some(FileType::Directory) {
+                set_times(&parent, name, &times).map_err(RootfsError::file("date", &path))?;
             }
         }
         Ok(())
@@ -98,6 +99,25 @@ impl Applier {
         place.ok_or_else(|| RootfsError::file("open the parent of", path)(Errno::NOENT))
     }
 
+    /// As [`Self::existing_place`], for a change of what is in that directory.
+    fn change<'p>(&mut self, path: &'p [u8]) -> Result<(OwnedFd, &'p OsStr), RootfsError> {
+        let (parent, name) = self.existing_place(path)?;
+        self.keep_times(path, &parent)?;
+        Ok((parent, name))
+    }
+
+    fn keep_times(&mut self, path: &[u8], parent: &OwnedFd) -> Result<(), RootfsError> {
+        let directory = path.iter().rposition(|&byte| byte == b'/').map_or(&b""[..], |at| &path[..at]);
+        if !self.directories.contains_key(directory) {
+            let stat = rustix::fs::fstat(parent).map_err(RootfsError::file("look at", directory))?;
+            let tv_nsec = stat.st_mtime_nsec.try_into().unwrap_or(0);
+            let last_modification = Timespec { tv_sec: stat.st_mtime, tv_nsec };
+            self.directories
+                .insert(directory.to_vec(), Timestamps { last_access: UNTOUCHED, last_modification });
+        }
+        Ok(())
+    }
+
     fn finish_file(&mut self) -> Result<(), RootfsError> {
         let Some(file) = self.file.take() else { return Ok(()) };
         let failed = |errno| RootfsError::file("write", &file.path)(errno);
@@ -115,7 +135,7 @@ impl Applier {
     }
 
     fn directory(&mut self, path: &[u8], clear: bool, meta: &Meta) -> Result<(), RootfsError> {
-        let (parent, name) = self.existing_place(path)?;
+        let (parent, name) = self.change(path)?;
         let is_directory = kind_of(&parent, name, path)? == Some(FileType::Directory);
         if !is_directory {
             remove_all(&parent, name, path)?;
@@ -125,12 +145,12 @@ impl Applier {
             let fd = open_directory(&parent, name).map_err(RootfsError::file("open", path))?;
             clear_directory(&fd, path)?;
         }
-        self.directories.push((path.to_vec(), *meta));
+        self.directories.insert(path.to_vec(), times(meta));
         Ok(())
     }
 
     fn file(&mut self, entry: &Entry<'_>, size: u64) -> Result<(), RootfsError> {
-        let (parent, name) = self.existing_place(entry.path)?;
+        let (parent, name) = self.change(entry.path)?;
         remove_all(&parent, name, entry.path)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&parent, name, flags, Mode::from_raw_mode(0o600))
@@ -146,10 +166,10 @@ impl Applier {
         Ok(())
     }
 
-    fn other(&self, entry: &Entry<'_>) -> Result<(), RootfsError> {
+    fn other(&mut self, entry: &Entry<'_>) -> Result<(), RootfsError> {
         let Entry { path, node, meta, .. } = entry;
         let failed = |errno| RootfsError::file("create", path)(errno);
-        let (parent, name) = self.existing_place(path)?;
+        let (parent, name) = self.change(path)?;
         if let Node::Hardlink { to } = node {
             return self.hardlink(&parent, name, path, to);
         }
@@ -213,7 +233,7 @@ impl Applier {
         if let Node::Directory { .. } = node {
             return Ok(());
         }
-        set_times(&parent, name, meta).map_err(RootfsError::file("date", path))
+        set_times(&parent, name, &times(meta)).map_err(RootfsError::file("date", path))
     }
 }
 
@@ -256,7 +276,10 @@ impl Sink for Applier {
     fn remove(&mut self, path: &[u8]) -> Result<(), RootfsError> {
         self.finish_file()?;
         match self.place(path)? {
-            Some((parent, name)) => remove_all(&parent, name, path),
+            Some((parent, name)) => {
+                self.keep_times(path, &parent)?;
+                remove_all(&parent, name, path)
+            }
             None => Ok(()),
         }
     }
@@ -321,14 +344,13 @@ fn remove_stale_xattrs(place: &[u8], entry: &Entry<'_>) -> Result<(), RootfsErro
     Ok(())
 }
 
-fn set_times(parent: &OwnedFd, name: &OsStr, meta: &Meta) -> Result<(), Errno> {
-    rustix::fs::utimensat(parent, name, &times(meta), AtFlags::SYMLINK_NOFOLLOW)
+fn set_times(parent: &OwnedFd, name: &OsStr, times: &Timestamps) -> Result<(), Errno> {
+    rustix::fs::utimensat(parent, name, times, AtFlags::SYMLINK_NOFOLLOW)
 }
 
 fn times(meta: &Meta) -> Timestamps {
     let last_modification = Timespec { tv_sec: meta.mtime_s, tv_nsec: meta.mtime_ns.into() };
-    let last_access = Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT };
-    Timestamps { last_access, last_modification }
+    Timestamps { last_access: UNTOUCHED, last_modification }
 }
 
 fn owner(uid: u32) -> Uid {
@@ -356,5 +378,7 @@ fn tolerate_user_xattr(name: &[u8], set: Result<(), Errno>) -> Result<(), Errno>
         set => set,
     }
 }
+
+const UNTOUCHED: Timespec = Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT };
 
 const _: () = assert!(size_of::<RawMode>() == 4, "a mode travels as a u32");
