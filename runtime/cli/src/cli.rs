@@ -70,6 +70,7 @@ pub(crate) enum Command {
     Ps(commands::ps::Ps),
     Pause(commands::pause::Pause),
     Resume(commands::resume::Resume),
+    Check(commands::check::Check),
     Checkpoint(Box<commands::checkpoint::Checkpoint>),
     Restore(Box<commands::restore::Restore>),
     Update(Box<commands::update::Update>),

@@ -17,8 +17,10 @@
 pub mod descriptors;
 pub mod error;
 pub(crate) mod external;
+pub mod machine;
 pub(crate) mod mountinfo;
 pub(crate) mod paths;
+pub mod preflight;
 
 use std::fs::DirBuilder;
 use std::io::ErrorKind;

@@ -204,6 +204,7 @@ impl Plan {
             store,
             outer,
             container: &mut container,
+            criu: session.pid(),
             stored: None,
             decide: Some(decide),
             abandoned: false,
@@ -329,6 +330,7 @@ struct Conversation<'a, D> {
     store: &'a Store,
     outer: &'a File,
     container: &'a mut Container,
+    criu: Option<i32>,
     stored: Option<Stored>,
     decide: Option<D>,
     abandoned: bool,
@@ -363,9 +365,9 @@ impl<D: FnOnce(i32) -> Decision> Conversation<'_, D> {
         if point == Hold::PreResume
             && let Some(stored) = &self.stored
         {
-            // CRIU lets the tasks go whatever it is told now. A killed task never runs another instruction of
-            // its own, even when CRIU detaches from it.
-            kill_all(stored, pid)?;
+            // CRIU takes no refusal here, it will be killed. A killed task never runs another instruction of
+            // its own when its tracer lets go of it.
+            kill_all(stored, pid, self.criu)?;
         }
         Err(CheckpointError::Abandoned)
     }
@@ -443,18 +445,13 @@ impl Drop for Root {
     }
 }
 
-/// Kills a restored tree that is held at its last instruction; CRIU itself, which is in the same cgroup, is
-/// left to report that its tasks are gone.
-fn kill_all(stored: &Stored, init: i32) -> Result<()> {
-    let restorer = fs::read_link(format!("/proc/{init}/exe")).ok();
-    log::debug!("kill restored tree of {init} ({restorer:?})");
+/// Kills a restored tree that is held at its last instruction, but not CRIU, which is in the same cgroup: a
+/// task that CRIU let go of before it is killed would run.
+fn kill_all(stored: &Stored, init: i32, criu: Option<i32>) -> Result<()> {
+    // Init first: should anything below fail, a PID namespace has taken the others along.
     PidFd::open(init)?.send_signal(SIGKILL)?;
-    for pid in cgroup::processes(stored)? {
-        // Without a PID namespace, init's death takes nobody along.
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        if name.trim() != "criu"
-            && let Ok(process) = PidFd::open(pid)
-        {
+    for pid in cgroup::processes(stored)?.into_iter().filter(|pid| Some(*pid) != criu) {
+        if let Ok(process) = PidFd::open(pid) {
             process.send_signal(SIGKILL).ok();
         }
     }

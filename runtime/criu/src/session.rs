@@ -267,7 +267,8 @@ impl Session {
     /// Carries a request that has been sent through to its end, asking `on_notification` at each point.
     ///
     /// # Errors
-    /// [`CriuError::Hook`] when the closure failed (CRIU was refused and has rolled back), otherwise as
+    /// [`CriuError::Hook`] when the closure failed: CRIU was refused and has rolled back, or at
+    /// [`Script::PreResume`], where the closure has to kill the tasks, it was killed. Otherwise as
     /// [`Session::next_message`].
     pub fn run(
         &mut self,
@@ -277,25 +278,45 @@ impl Session {
             match self.next_message()? {
                 Message::Response(response) => return Ok(response),
                 Message::Notification(notification) => {
-                    let script = notification.script.name().to_owned();
+                    let script = notification.script.clone();
                     let Err(source) = on_notification(notification) else {
                         self.answer(true)?;
                         continue;
                     };
-                    let failure = CriuError::Hook { phase: self.phase, script, source };
-                    // CRIU's answer to the refusal adds nothing to the cause, but its end has to be awaited:
-                    // only then have the tasks been released.
-                    if self.answer(false).is_ok() {
-                        while let Ok(Message::Notification(_)) = self.next_message() {
-                            if self.answer(false).is_err() {
-                                break;
-                            }
-                        }
+                    let phase = self.phase;
+                    let failure = CriuError::Hook { phase, script: script.name().to_owned(), source };
+                    if script == Script::PreResume {
+                        self.kill();
+                    } else {
+                        self.await_refusal();
                     }
                     return Err(failure);
                 }
             }
         }
+    }
+
+    /// Refuses, and waits until CRIU has released or killed the tasks; its answer adds nothing to the cause.
+    fn await_refusal(&mut self) {
+        while self.answer(false).is_ok() {
+            if !matches!(self.next_message(), Ok(Message::Notification(_))) {
+                break;
+            }
+        }
+    }
+
+    /// Kills CRIU with its helpers, which lets go of tasks it still holds: they run on unless they are dead.
+    ///
+    /// At [`Script::PreResume`] there is no other way to abandon a restore. CRIU takes no refusal there, and
+    /// when it finds the tasks dead it waits for the first of them, which in a PID namespace waits for the
+    /// others, which wait for CRIU to notice their end.
+    fn kill(&mut self) {
+        self.socket = None;
+        let Some(pid) = self.pid.take() else { return };
+        if let Err(error) = process::kill_group(pid) {
+            log::warn!("failed to kill criu {pid}: {error}");
+        }
+        process::reap(pid, FINISH_LIMIT).ok();
     }
 
     /// Ends the session after a response and waits for the process.

@@ -2,6 +2,7 @@
 //! `run`, which returns the exit code.
 
 pub(crate) mod agent;
+pub(crate) mod check;
 pub(crate) mod checkpoint;
 pub(crate) mod create;
 pub(crate) mod delete;
@@ -45,6 +46,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Ps(verb) => verb.run(&store),
         Command::Pause(verb) => verb.run(&store),
         Command::Resume(verb) => verb.run(&store),
+        Command::Check(verb) => verb.run(),
         Command::Checkpoint(verb) => verb.run(&store),
         Command::Restore(verb) => verb.run(&store, globals),
         Command::Update(verb) => verb.run(&store),
