@@ -33,7 +33,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use godwit_criu::{Notification, Options, Program, Request, Script, Session, Setup};
+use godwit_criu::{Notification, Options, Program, Request, Script, Session, Setup, page_images};
 use godwit_sys::freezer::FreezerState;
 use godwit_sys::mount::Mounted;
 use godwit_sys::pidfd::PidFd;
@@ -166,6 +166,7 @@ impl Plan {
         options.console_socket = options.console_socket.as_deref().map(absolute).transpose()?;
         let work_path = absolute(options.work_path.as_deref().unwrap_or(&options.image_path))?;
         let descriptors = descriptors::read(&options.image_path)?;
+        page_images::check_complete(&options.image_path)?;
         Ok(Self { id: id.to_owned(), directory, bundle, rootfs, spec, descriptors, work_path, options })
     }
 

@@ -72,6 +72,14 @@ pub enum CriuError {
         /// What the kernel answered.
         source: io::Error,
     },
+    /// The images are damaged.
+    #[error("images: {path}: {reason}")]
+    Images {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The socket to CRIU failed.
     #[error("criu {phase}: socket: {source}")]
     Socket {

@@ -13,6 +13,7 @@
 //! - [`options`]: what a request carries
 //! - [`session`]: the process and the conversation
 //! - [`notification`]: the points at which CRIU asks whether to go on
+//! - [`page_images`]: whether a checkpoint's pages are all there
 //! - [`failure`]: errors, with the last error lines of CRIU's log
 //! - `simulator` (feature of the same name): the other end of the conversation, for tests without root
 //!
@@ -23,6 +24,7 @@ pub mod failure;
 pub mod log_tail;
 pub mod notification;
 pub mod options;
+pub mod page_images;
 pub mod program;
 pub mod session;
 #[cfg(any(test, feature = "simulator"))]

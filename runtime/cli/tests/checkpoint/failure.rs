@@ -98,8 +98,13 @@ fn a_restore_from_damaged_images_leaves_nothing() {
         one.reap();
         let whole = fs::read(bed.path("images/core-1.img")).unwrap();
         let pages = fs::read(bed.path("images/pages-1.img")).unwrap();
-        let damages: [(&str, &[u8]); 2] = [("core-1.img", &whole[..whole.len() / 2]), ("core-1.img", b"")];
-        for (name, bytes) in damages {
+        let damages: [(&str, &[u8], &str); 3] = [
+            ("core-1.img", &whole[..whole.len() / 2], "criu restore"),
+            ("core-1.img", b"", "criu restore"),
+            // CRIU would never end.
+            ("pages-1.img", &pages[..4096], "bytes are there"),
+        ];
+        for (name, bytes, cause) in damages {
             fs::write(bed.path("images").join(name), bytes).unwrap();
             let (mut reader, writer) = pipe().unwrap();
             let (images, work) = (bed.text("images"), bed.text("work"));
@@ -108,7 +113,7 @@ fn a_restore_from_damaged_images_leaves_nothing() {
             let mut message = String::new();
             // Ends only when every process that could write to it is gone.
             reader.read_to_string(&mut message).unwrap();
-            assert!(message.contains("criu restore"), "{name}: {message}");
+            assert!(message.contains(cause), "{name}: {message}");
             assert!(!bed.path("root/two").exists() && bed.cgroups("two").is_empty(), "{name}");
             fs::write(bed.path("images/core-1.img"), &whole).unwrap();
         }
