@@ -17,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod fault;
 pub mod hide;
 pub mod maps;
 pub mod page_set;

@@ -1,11 +1,16 @@
 //! What a process has mapped, and what of it godwit answers for.
 //!
 //! CRIU restores lazily what is private, anonymous, not locked and not made of huge pages of hugetlbfs; all
-//! else, shared memory and private copies of file pages above all, travels in its images. So the same rule
-//! decides here what is followed and what may be hidden from it. The main stack and the pages under the
-//! stack pointers are followed, but stay CRIU's as well: it restores them eagerly.
+//! else, shared memory and private copies of file pages above all, travels in its images. The same rule
+//! decides here what is followed, and what is hidden from CRIU.
 //!
-//! Sources: proc(5); CRIU 4.1.1 criu/include/vma.h (`vma_entry_can_be_lazy`) and criu/mem.c (`is_stack`).
+//! It is all or nothing. A lazy restore skips *every* page of such memory, also one that stands in its images,
+//! and leaves it to the server of the page faults: memory that CRIU would restore lazily and that is neither
+//! hidden nor served is lost. (The one exception, the page under a thread's stack pointer, is better served
+//! like the others than found by reading stack pointers twice.)
+//!
+//! Sources: proc(5); CRIU 4.1.1 criu/include/vma.h (`vma_entry_can_be_lazy`) and criu/mem.c
+//! (`restore_priv_vma_content`).
 
 use std::fs;
 use std::path::PathBuf;
@@ -50,20 +55,13 @@ pub fn private_anonymous(pid: i32) -> Result<Vec<PageRange>> {
         .collect())
 }
 
-/// The memory of `pid` that CRIU registers for lazy restore, and that may therefore be hidden from its dump:
-/// private, anonymous, not locked, not the main stack, not under a thread's stack pointer.
-///
-/// Stack pointers are read as they are now: call it on a frozen process.
+/// The memory of `pid` that CRIU restores lazily: all of it is to be hidden from its dump, and to be served.
 ///
 /// # Errors
 /// As [`read`].
 pub fn lazy(pid: i32) -> Result<PageSet> {
-    let candidates: PageSet = read(pid)?
-        .into_iter()
-        .filter(|mapping| mapping.private_anonymous && mapping.name != "[stack]")
-        .map(|mapping| mapping.range)
-        .collect();
-    Ok(candidates.difference(&locked(pid)?).difference(&stack_pointers(pid)?))
+    let candidates: PageSet = private_anonymous(pid)?.into_iter().collect();
+    Ok(candidates.difference(&locked(pid)?))
 }
 
 /// Memory locked by mlock(2) and its kin. Reading smaps takes some 15 ms per GiB, so it is only done when the
@@ -86,24 +84,6 @@ fn locked(pid: i32) -> Result<PageSet> {
         }
     }
     Ok(found)
-}
-
-/// The pages that the stack pointers of all threads are in.
-fn stack_pointers(pid: i32) -> Result<PageSet> {
-    let path = PathBuf::from(format!("/proc/{pid}/task"));
-    let mut pages = Vec::new();
-    for entry in fs::read_dir(&path).map_err(MemoryError::file(&path))? {
-        let entry = entry.map_err(MemoryError::file(&path))?;
-        // A thread that ended since has no stack any more.
-        let Ok(text) = fs::read_to_string(entry.path().join("syscall")) else { continue };
-        // "NUMBER ARGUMENTS... SP PC", "-1 SP PC", or "running".
-        let pointer = text.split_ascii_whitespace().rev().nth(1).and_then(|word| word.strip_prefix("0x"));
-        if let Some(pointer) = pointer.and_then(|digits| u64::from_str_radix(digits, 16).ok()) {
-            pages.push(PageRange::page_at(pointer));
-        }
-    }
-    pages.sort_unstable();
-    Ok(pages.into_iter().collect())
 }
 
 /// One line of maps; `None` for anything else.
@@ -175,13 +155,21 @@ mod tests {
     }
 
     #[test]
-    fn own_memory_is_found_and_the_stack_is_left_to_criu() {
+    fn own_memory_is_found_and_locked_memory_is_left_to_criu() {
         let arena = Arena::map(8 * 4096).unwrap();
         let own = i32::try_from(std::process::id()).unwrap();
         assert!(lazy(own).unwrap().contains(arena.range().start()));
+        let page = PageRange::page_at(arena.range().start() + 4096);
+        match arena.lock(page) {
+            Ok(()) => {
+                assert!(!lazy(own).unwrap().contains(page.start()));
+                assert!(lazy(own).unwrap().contains(page.end()));
+            }
+            Err(error) => eprintln!("SKIP: locking memory: {error}"),
+        }
         let stack = read(own).unwrap().into_iter().find(|mapping| mapping.name == "[stack]").unwrap();
         assert!(private_anonymous(own).unwrap().contains(&stack.range));
-        assert!(!lazy(own).unwrap().contains(stack.range.start()));
+        assert!(lazy(own).unwrap().contains(stack.range.end() - 4096));
         assert!(matches!(read(i32::MAX), Err(MemoryError::Sys(SysError::NoProcess { .. }))));
     }
 }

@@ -124,6 +124,17 @@ impl Arena {
         Errno::result(answer).map(drop).map_err(SysError::call("mprotect"))
     }
 
+    /// Locks the pages of `range` that lie in the arena (mlock(2)), until it is unmapped.
+    ///
+    /// # Errors
+    /// [`SysError::Call`], with `ENOMEM` or `EPERM` beyond the limit of the process.
+    pub fn lock(&self, range: PageRange) -> Result<()> {
+        let Some((address, length)) = self.part(range) else { return Ok(()) };
+        // SAFETY: the part lies inside the mapping that this value owns; locking changes no contents.
+        let answer = unsafe { libc::mlock(address, length) };
+        Errno::result(answer).map(drop).map_err(SysError::call("mlock"))
+    }
+
     /// Moves the arena to another address (mremap(2)).
     ///
     /// # Errors
