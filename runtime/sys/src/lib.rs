@@ -8,6 +8,7 @@
 //! - [`pidfd`]: signal and wait for a process without racing against the reuse of its id
 //! - [`fdpass`]: descriptors through unix sockets
 //! - [`freezer`]: freeze a cgroup, with a guard that thaws
+//! - [`device_filter`]: what devices a cgroup's processes may use, on version 2
 //! - [`mountns`], [`mount`]: private mount namespaces, mounts undone on drop
 //! - [`netns`]: the loopback device of a namespace
 //! - [`keyring`], [`signals`]: what a container's process must not inherit
@@ -20,6 +21,7 @@
 //! - [`arena`], [`window`], [`page_range`]: memory that the kernel changes, memory it copies from, addresses
 
 pub mod arena;
+pub mod device_filter;
 pub mod error;
 pub mod fdpass;
 pub mod foreign_fd;
