@@ -12,10 +12,13 @@ use libcontainer::error::LibcontainerError;
 use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::syscall::syscall::SyscallType;
 
+use crate::devices;
 use crate::error::{ContainerError, Result};
 use crate::executor::InitExecutor;
 use crate::failure::process_failure;
+use crate::process;
 use crate::state::{Store, Stored, read_json, write_whole};
+use crate::update;
 
 /// What `create` takes beside the id.
 #[derive(Debug, Clone, Default)]
@@ -51,18 +54,20 @@ pub fn create(store: &Store, id: &str, options: &CreateOptions) -> Result<Stored
     let bundle = fs::canonicalize(&options.bundle).map_err(ContainerError::file(&options.bundle))?;
     let spec: Spec = read_json(&bundle.join("config.json"))?;
     check_console(&spec, options)?;
+    check_label(&spec)?;
     let rootfs = rootfs(&spec, &bundle)?;
     if !options.no_new_keyring {
         godwit_sys::keyring::join_session(id)?;
     }
     fs::create_dir_all(store.root()).map_err(ContainerError::file(store.root()))?;
     match build(store, id, &bundle, options) {
-        Ok(container) => finish(store, container, rootfs, options).inspect_err(|_| undo(store, id)),
+        Ok(container) => finish(store, container, &spec, rootfs, options).inspect_err(|_| undo(store, id)),
         Err(error) => {
             // libcontainer removes what its own steps made, not what came before them.
             if !matches!(error, LibcontainerError::Exist) {
                 undo(store, id);
             }
+            process::reap_failed();
             Err(process_failure(&error))
         }
     }
@@ -87,11 +92,20 @@ fn build(
         .build()
 }
 
-fn finish(store: &Store, container: Container, rootfs: PathBuf, options: &CreateOptions) -> Result<Stored> {
+fn finish(
+    store: &Store,
+    container: Container,
+    spec: &Spec,
+    rootfs: PathBuf,
+    options: &CreateOptions,
+) -> Result<Stored> {
     let Some(pid) = container.state.pid else {
         return Err(ContainerError::Process { detail: "init has no process id".to_owned() });
     };
     let stored = Stored::record_process(store, container, pid, rootfs, ContainerStatus::Created)?;
+    // Before anything of the container runs: init waits for `start` in libcontainer's code.
+    devices::confine(pid, spec)?;
+    update::keep_oom_killer_off(&stored, spec)?;
     write_pid(options.pid_file.as_deref(), pid)?;
     Ok(stored)
 }
@@ -119,6 +133,18 @@ fn check_console(spec: &Spec, options: &CreateOptions) -> Result<()> {
         )),
         _ => Ok(()),
     }
+}
+
+/// A label that is silently ignored would leave the container less confined than its caller believes.
+fn check_label(spec: &Spec) -> Result<()> {
+    let label = spec.process().as_ref().and_then(|process| process.selinux_label().as_ref());
+    if label.is_some_and(|label| !label.is_empty()) && Path::new("/sys/fs/selinux/enforce").exists() {
+        return Err(ContainerError::Unsupported {
+            what: "process.selinuxLabel",
+            reason: "SELinux is active here and godwit does not support it; run without a label".to_owned(),
+        });
+    }
+    Ok(())
 }
 
 pub(crate) fn rootfs(spec: &Spec, bundle: &Path) -> Result<PathBuf> {

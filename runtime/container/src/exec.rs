@@ -19,6 +19,7 @@ use crate::create::write_pid;
 use crate::error::{ContainerError, Result};
 use crate::executor::{Credentials, ExecExecutor, no_capabilities};
 use crate::failure::process_failure;
+use crate::process;
 use crate::state::{STATE_FILE, Status, Stored, write_json};
 
 /// What `exec` takes beside the container and the process.
@@ -168,7 +169,10 @@ pub fn exec(stored: &Stored, mut process: Process, options: &ExecOptions) -> Res
     let credentials = Credentials::taken_from(&mut process, seccomp, foreign_user_namespace(init)?)?;
     godwit_sys::keyring::join_session(stored.id())?;
     let scratch = Scratch::new(stored, &process)?;
-    let pid = build(stored, &scratch, credentials, options).map_err(|error| process_failure(&error))?;
+    let pid = build(stored, &scratch, credentials, options).map_err(|error| {
+        process::reap_failed();
+        process_failure(&error)
+    })?;
     write_pid(options.pid_file.as_deref(), pid)?;
     Ok(pid)
 }

@@ -47,6 +47,10 @@ fn hint(detail: &str) -> Option<&'static str> {
         Some("lowering it needs CAP_SYS_RESOURCE")
     } else if detail.contains("rlimit") {
         Some("raising a hard limit needs CAP_SYS_RESOURCE")
+    } else if detail.contains("seccomp") {
+        Some(
+            "without noNewPrivileges loading a profile needs CAP_SYS_ADMIN; leave the field out rather than false",
+        )
     } else {
         None
     }

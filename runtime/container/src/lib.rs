@@ -10,6 +10,7 @@
 //!
 //! - [`create`], [`lifecycle`], [`exec`]: the verbs that change something
 //! - [`state`]: what is on disk, and the status derived from it
+//! - [`checkpoint`], [`restore`]: the container into CRIU's images and out of them
 //! - [`update`]: new limits
 //! - [`report`], [`stats`]: what the verbs print
 //! - [`cgroup`], [`trace`]: what the verbs share
@@ -19,6 +20,7 @@
 pub mod cgroup;
 pub mod checkpoint;
 pub mod create;
+mod devices;
 pub mod error;
 pub mod exec;
 mod executor;

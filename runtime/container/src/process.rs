@@ -1,6 +1,10 @@
-//! Facts about processes from `/proc`.
+//! Facts about processes from `/proc`, and the end of those that came to nothing.
 
 use std::fs;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 /// Start time of the process in clock ticks since boot; `None` when it does not exist.
 pub(crate) fn start_ticks(pid: i32) -> Option<u64> {
@@ -12,6 +16,22 @@ pub(crate) fn is_alive(pid: i32, start_ticks: Option<u64>) -> bool {
     stat(pid).is_some_and(|stat| {
         !matches!(stat.state, b'Z' | b'X' | b'x') && start_ticks.is_none_or(|ticks| ticks == stat.start_ticks)
     })
+}
+
+/// Reaps what a failed `create` or `exec` has forked, as far as it ends within a second.
+///
+/// A zombie in a container's PID namespace keeps the container's init from ending, and whoever inherits it
+/// may not reap what it never heard of.
+pub(crate) fn reap_failed() {
+    let deadline = Instant::now() + Duration::from_secs(1);
+    while Instant::now() < deadline {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) => std::thread::sleep(Duration::from_millis(2)),
+            Ok(_) | Err(Errno::EINTR) => {}
+            // ECHILD: none is left.
+            Err(_) => return,
+        }
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]

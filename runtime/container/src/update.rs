@@ -2,8 +2,11 @@
 //!
 //! What is absent, zero or empty stays as it is, as with runc. Device rules are not updated.
 
+use std::fs;
+
 use libcgroups::common::{CgroupManager, ControllerOpt};
-use libcontainer::oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
+use libcgroups::v1::ControllerType;
+use libcontainer::oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxPids, LinuxResources, Spec};
 
 use crate::cgroup;
 use crate::error::{ContainerError, Result};
@@ -36,6 +39,17 @@ pub fn update(stored: &Stored, mut resources: LinuxResources) -> Result<()> {
     let request =
         ControllerOpt { resources: &resources, disable_oom_killer, oom_score_adj: None, freezer_state: None };
     cgroup::manager(stored)?.apply(&request).map_err(ContainerError::cgroup)
+}
+
+/// Switches the OOM killer off where the spec asks for it: libcontainer does not. Version 2 has no such switch.
+pub(crate) fn keep_oom_killer_off(stored: &Stored, spec: &Spec) -> Result<()> {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let memory = resources.and_then(|resources| resources.memory().as_ref());
+    if memory.and_then(LinuxMemory::disable_oom_killer) != Some(true) || cgroup::is_unified()? {
+        return Ok(());
+    }
+    let file = cgroup::directory(stored, ControllerType::Memory)?.join("memory.oom_control");
+    fs::write(&file, "1").map_err(ContainerError::file(file))
 }
 
 fn stated_memory(memory: &LinuxMemory) -> Option<LinuxMemory> {

@@ -15,6 +15,7 @@ use libcontainer::oci_spec::runtime::Spec;
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::mountinfo::{self, Mount};
 use crate::checkpoint::{external, path_text};
+use crate::devices;
 use crate::error::{ContainerError, causes};
 
 /// The cgroup as CRIU has to know it.
@@ -55,6 +56,7 @@ pub(super) fn join(
         freezer_state: None,
     };
     manager.apply(&limits).map_err(ContainerError::cgroup)?;
+    devices::confine(criu, spec)?;
     let path = format!("/proc/{criu}/cgroup");
     let memberships = parse(&fs::read_to_string(&path).map_err(CheckpointError::file(path))?);
     let mounts = match external::cgroup_mount_point(spec) {
