@@ -8,7 +8,12 @@ use serde_json::{Value, json};
 use crate::bed::Bed;
 
 mod tests {
-    crate::against_both!(limits_are_updated, usage_is_printed_as_one_line_of_json);
+    crate::against_both!(
+        limits_are_updated,
+        usage_is_printed_as_one_line_of_json,
+        the_oom_killer_can_be_switched_off,
+        only_devices_of_the_spec_can_be_used,
+    );
 }
 
 const MEMORY_LIMIT: [&str; 2] = ["memory.limit_in_bytes", "memory.max"];
@@ -51,5 +56,41 @@ fn usage_is_printed_as_one_line_of_json(bed: &Bed) {
     assert!((1_000_000..60_000_000_000).contains(&total), "{total} ns");
     for section in ["blkio", "hugetlb", "intel_rdt"] {
         assert!(data[section].is_object(), "{section}");
+    }
+}
+
+fn the_oom_killer_can_be_switched_off(bed: &Bed) {
+    if bed.is_unified() {
+        eprintln!("SKIP: cgroup version 2 has no such switch");
+        return;
+    }
+    bed.configure(|spec| {
+        spec["linux"]["resources"]["memory"] = json!({"limit": 67_108_864, "disableOOMKiller": true});
+    });
+    let _container = bed.start("web");
+    assert!(bed.cgroup_file(["memory.oom_control"; 2]).contains("oom_kill_disable 1"));
+    bed.ok(&["update", "--memory", "134217728", "web"]);
+    assert!(bed.cgroup_file(["memory.oom_control"; 2]).contains("oom_kill_disable 1"));
+}
+
+/// /dev/loop-control (10:237) may be made, and opened only where a rule says so.
+fn only_devices_of_the_spec_can_be_used(bed: &Bed) {
+    for (allowed, code) in [(false, 1), (true, 0)] {
+        bed.configure(|spec| {
+            let capabilities = spec["process"]["capabilities"].as_object_mut().unwrap();
+            for set in capabilities.values_mut() {
+                set.as_array_mut().unwrap().push(json!("CAP_MKNOD"));
+            }
+            let rule = json!({"allow": true, "type": "c", "major": 10, "minor": 237, "access": "r"});
+            if allowed {
+                spec["linux"]["resources"]["devices"].as_array_mut().unwrap().push(rule);
+            }
+        });
+        let _container = bed.start("web");
+        let script = "mknod /dev/x c 10 237 && test -c /dev/x && echo > /dev/null && exec < /dev/x";
+        let output = bed.run(&["exec", "web", "sh", "-c", script]);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{text}");
+        assert!(allowed || text.contains("Operation not permitted"), "{text}");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! runc is the oracle: a test that fails there is wrong. Every test has a state root, a bundle (busybox) and a
 //! cgroup of its own. Needs root, a static busybox and, for the oracle, runc; prints `SKIP: ..` and passes
-//! where one is missing (fails instead when `SKIP_IS_FAILURE` is set).
+//! where one is missing (fails instead when `SKIP_IS_FAILURE` is 1).
 
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
