@@ -1,12 +1,14 @@
-//! What system tests run in containers: memory that is checked, a lock that is held, a connection that is kept.
+//! What system tests run: in containers, memory that is checked, a lock that is held, a connection that is kept;
+//! on nodes, peers that break the migration protocol.
 //!
-//! Exit status: 0, or 1 with the reason on standard error. All but `ask` run until they are killed.
+//! Exit status: 0, or 1 with the reason on standard error. All but `ask` and `pester` run until they are killed.
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use godwit_integration::workload::peer::{self, Manner};
 use godwit_integration::workload::program;
 
 /// Keeps memory whose content can be checked.
@@ -40,6 +42,24 @@ enum Verb {
     },
     /// Holds both ends of a TCP connection.
     Connection,
+    /// Listens as an agent would, and does something else.
+    Peer {
+        /// The TCP port.
+        port: u16,
+        /// What it does.
+        manner: Manner,
+    },
+    /// Sends an agent what it must refuse.
+    Pester {
+        /// The agent, as HOST:PORT.
+        target: String,
+        /// Decides what is sent.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// How many connections are made.
+        #[arg(long, default_value_t = 100)]
+        count: u64,
+    },
     /// A further process of `pages`; not for use by hand.
     #[command(hide = true)]
     Other {
@@ -58,6 +78,8 @@ fn main() -> ExitCode {
         Verb::Ask => program::ask().map(|line| print!("{line}")),
         Verb::Lock { path } => program::hold_lock(&path),
         Verb::Connection => program::hold_connection(),
+        Verb::Peer { port, manner } => peer::serve(port, manner),
+        Verb::Pester { target, seed, count } => peer::pester(&target, seed, count),
         Verb::Other { first_writer, threads, pages } => program::run_as_other(first_writer, threads, pages),
     };
     match result {

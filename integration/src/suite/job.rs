@@ -53,7 +53,9 @@ impl Done {
         Err(self.into_trouble())
     }
 
-    fn into_trouble(self) -> Trouble {
+    /// Returns it as the reason why a case fails.
+    #[must_use]
+    pub fn into_trouble(self) -> Trouble {
         Trouble::Command { line: self.line, code: self.code, stdout: self.stdout, stderr: self.stderr }
     }
 }
@@ -90,6 +92,11 @@ impl Job {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Returns whether it has not ended yet.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().is_ok_and(|status| status.is_none())
     }
 
     /// Writes to its standard input.

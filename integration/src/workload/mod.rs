@@ -6,8 +6,9 @@
 //! taken back to an earlier version is found, whether it was rewritten since or not.
 //!
 //! The binary `workload` runs it; it also holds things that a checkpoint must ask for by name, a file lock and
-//! a TCP connection.
+//! a TCP connection, and plays peers that do not keep to the migration protocol ([`peer`]).
 
 pub mod memory;
 pub mod page;
+pub mod peer;
 pub mod program;

@@ -1,0 +1,136 @@
+//! Containers that cannot be moved, and requests that make no sense.
+
+use godwit_integration::case;
+use godwit_integration::suite::options::CheckpointOptions;
+use godwit_integration::suite::{Answer, Case, Container, Outcome, Runtime, Stage, await_that};
+
+use super::claim::{assert_counts_on, assert_says, assert_untouched, counter};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case!(unknown_container_is_named),
+        case!(stopped_task_is_not_moved),
+        case!(container_without_a_task_is_not_moved),
+        case!(paused_container_is_to_be_resumed_first),
+        case!(container_of_another_runtime_is_told_what_to_use).on(|lane| lane.runtime == Runtime::Godwit),
+        case!(command_line_that_makes_no_sense_is_refused_by_name),
+        case!(request_that_makes_no_sense_is_refused_by_name),
+        case!(second_migration_of_the_same_container_is_refused),
+        case!(process_of_another_user_is_named_where_it_cannot_be_dumped),
+    ]
+}
+
+fn unknown_container_is_named(stage: &Stage) -> Outcome {
+    let answer = stage.a.migrate("no-such-container", "node-b", &[])?;
+    assert_eq!((answer.code, answer.text("outcome")), (4, "failed"));
+    assert!(answer.text("error.cause").contains("no-such-container"), "{}", answer.text("error.cause"));
+    Ok(())
+}
+
+fn stopped_task_is_not_moved(stage: &Stage) -> Outcome {
+    let container = stage.a.plan("stopped").run(&["true"])?;
+    container.await_state(containerd_client::types::v1::Status::Stopped)?;
+    assert_not_running(stage, container.id())
+}
+
+fn container_without_a_task_is_not_moved(stage: &Stage) -> Outcome {
+    let container = stage.a.plan("no-task").create(&["true"])?;
+    assert_not_running(stage, container.id())?;
+    assert!(container.is_recorded()?);
+    Ok(())
+}
+
+fn assert_not_running(stage: &Stage, id: &str) -> Outcome {
+    let answer = stage.a.migrate(id, "node-b", &[])?;
+    assert_eq!((answer.code, answer.text("outcome")), (4, "failed"));
+    let cause = answer.text("error.cause");
+    assert!(cause.contains(id) && cause.contains("run"), "{cause}");
+    Ok(())
+}
+
+fn paused_container_is_to_be_resumed_first(stage: &Stage) -> Outcome {
+    let (container, pid) = counter(stage, "paused")?;
+    container.task("pause")?;
+    assert_says(stage.a.migrate(container.id(), "node-b", &[])?, &["paused", "resume"])?;
+    container.task("resume")?;
+    assert_counts_on(stage, &container, pid)
+}
+
+fn container_of_another_runtime_is_told_what_to_use(stage: &Stage) -> Outcome {
+    let container = stage.a.plan("foreign").runtime(Runtime::Runc).run(&["sleep", "1000"])?;
+    let pid = container.pid()?;
+    let answer = stage.a.migrate(container.id(), "node-b", &[])?;
+    assert_says(answer, &["io.containerd.runc.v2", "io.containerd.godwit.v1"])?;
+    assert_untouched(stage, &container, pid)
+}
+
+fn command_line_that_makes_no_sense_is_refused_by_name(stage: &Stage) -> Outcome {
+    for (words, named) in [
+        (&["x", "--to", "node-b", "--mode", "teleport"][..], "teleport"),
+        (&["x", "--to", "node-b:0"], "node-b:0"),
+        (&["x", "--to", "node-b", "--fast"], "--fast"),
+        (&["x"], "--to"),
+    ] {
+        let done = stage.a.command(&[&["godwit", "migrate"], words].concat())?.with_code(2)?;
+        assert!(done.stderr.contains(named), "{named} is not in: {}", done.stderr);
+    }
+    Ok(())
+}
+
+/// Through containerd's own call, where no command line was checked before.
+fn request_that_makes_no_sense_is_refused_by_name(stage: &Stage) -> Outcome {
+    let (container, pid) = counter(stage, "nonsense")?;
+    for (request, named) in [
+        ("godwit://node-b?mode=teleport", "teleport"),
+        ("godwit://node-b?speed=11", "speed"),
+        ("godwit://node-b:70000", "70000"),
+        ("godwit://", "HOST"),
+    ] {
+        let options = CheckpointOptions { image_path: request.to_owned(), ..Default::default() };
+        let refusal = stage.a.rpc.checkpoint(container.id(), Some(options.to_any()));
+        let refusal = refusal.expect_err("the request makes no sense");
+        assert!(refusal.message.contains(named), "{named} is not in: {refusal}");
+    }
+    assert_counts_on(stage, &container, pid)
+}
+
+/// The first is made slow by its size. Whichever of the two is refused, the other must go through.
+fn second_migration_of_the_same_container_is_refused(stage: &Stage) -> Outcome {
+    let container = stage.a.plan("twice").image("workload").run(&BIG)?;
+    await_that("the program has its memory", || {
+        container.exec(&["workload", "ask"]).is_ok_and(|done| done.code == Some(0))
+    })?;
+    let moved = Container::adopt(&stage.b, container.id());
+    let jobs = [(); 2].map(|()| stage.a.start_migration(container.id(), "node-b", &[]));
+    let mut codes = Vec::new();
+    for job in jobs {
+        codes.push(Answer::read(job?.wait()?)?.code);
+    }
+    codes.sort_unstable();
+    assert!(codes[0] == 0 && codes[1] != 0, "{codes:?}");
+    moved.assert_runs()?;
+    container.await_gone()
+}
+
+/// Without CAP_SYS_RESOURCE, CRIU cannot read the limits of a process of another user.
+fn process_of_another_user_is_named_where_it_cannot_be_dumped(stage: &Stage) -> Outcome {
+    let (container, pid) = counter(stage, "users")?;
+    let exec = container.start_exec(&["--user", "33"], &["sleep", "1001"])?;
+    await_that("both run", || stage.a.rpc.pids(container.id()).is_ok_and(|pids| pids.len() >= 3))?;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default();
+    let answer = stage.a.migrate(container.id(), "node-b", &["--dry-run"])?;
+    if mask >> CAP_SYS_RESOURCE & 1 == 1 {
+        answer.checked()?;
+    } else {
+        assert_eq!(answer.code, 4);
+        assert_says(answer, &["CAP_SYS_RESOURCE", "33"])?;
+    }
+    assert_counts_on(stage, &container, pid)?;
+    exec.kill();
+    Ok(())
+}
+
+const CAP_SYS_RESOURCE: u32 = 24;
+const BIG: [&str; 4] = ["workload", "pages", "--pages", "65536"];

@@ -1,0 +1,150 @@
+//! Processes that carry a migration, killed in the middle of it.
+//!
+//! The container has enough memory for its transfer to last a while; the process to be killed is looked for from
+//! the moment the migration begins, and killed as soon as it is there. Wherever that leads, exactly one node must
+//! run the container, it must be whole, and the other must be clean.
+
+use std::fs;
+
+use godwit_integration::case;
+use godwit_integration::node::AGENT;
+use godwit_integration::process::{Daemon, wait_until};
+use godwit_integration::suite::trouble::LIMIT;
+use godwit_integration::suite::{Answer, Case, Container, Outcome, Site, Stage, Trouble, await_that};
+use godwit_integration::workload::program;
+use nix::sys::signal::Signal;
+
+use super::claim::assert_untouched;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case!(killed_target_shim_leaves_the_source_running).alone(),
+        case!(killed_target_worker_leaves_the_source_running).alone(),
+        case!(killed_source_worker_leaves_the_source_running).alone(),
+        case!(killed_criu_of_the_source_leaves_the_source_running).alone(),
+        case!(killed_criu_of_the_target_leaves_the_source_running).alone(),
+        case!(killed_agent_leaves_the_source_running).alone(),
+        case!(killed_client_leaves_exactly_one_whole_container).alone(),
+        case!(interrupted_client_gives_up_and_leaves_the_source_running).alone(),
+    ]
+}
+
+fn killed_target_shim_leaves_the_source_running(stage: &Stage) -> Outcome {
+    survives_kill(stage, "shim", |stage, id| find(&stage.b, &["containerd-shim", id]))
+}
+
+fn killed_target_worker_leaves_the_source_running(stage: &Stage) -> Outcome {
+    survives_kill(stage, "target-worker", |stage, id| find(&stage.b, &["godwit", "migrate-target", id]))
+}
+
+fn killed_source_worker_leaves_the_source_running(stage: &Stage) -> Outcome {
+    survives_kill(stage, "source-worker", |stage, id| find(&stage.a, &["godwit", "migrate-source", id]))
+}
+
+fn killed_criu_of_the_source_leaves_the_source_running(stage: &Stage) -> Outcome {
+    survives_kill(stage, "source-criu", |stage, _| find(&stage.a, &["criu", "swrk"]))
+}
+
+fn killed_criu_of_the_target_leaves_the_source_running(stage: &Stage) -> Outcome {
+    survives_kill(stage, "target-criu", |stage, _| find(&stage.b, &["criu", "swrk"]))
+}
+
+fn killed_agent_leaves_the_source_running(stage: &Stage) -> Outcome {
+    let node = stage.b.node();
+    let outcome = survives_kill(stage, "agent", |stage, id| {
+        // Once the container is on its way there.
+        find(&stage.b, &["containerd-shim", id]).and_then(|_| stage.b.node().daemon(AGENT))
+    });
+    if node.daemon(AGENT).is_none() {
+        node.start_agent::<[&str; 0], _>([])?;
+    }
+    outcome
+}
+
+/// The migration is the shim's, not the client's: it may go through or be given up.
+fn killed_client_leaves_exactly_one_whole_container(stage: &Stage) -> Outcome {
+    let container = big(stage, "client")?;
+    let moved = Container::adopt(&stage.b, container.id());
+    let job = stage.a.start_migration(container.id(), "node-b", &[])?;
+    await_that("the migration is under way", || {
+        find(&stage.a, &["godwit", "migrate-source", container.id()]).is_some()
+    })?;
+    job.kill();
+    await_that("the migration is over", || {
+        find(&stage.a, &["godwit", "migrate-source", container.id()]).is_none()
+    })?;
+    await_that("exactly one node has the container", || {
+        let here = container.state().ok().flatten().is_some();
+        let there = moved.state().ok().flatten().is_some();
+        here != there
+    })?;
+    assert_whole(if moved.state()?.is_some() { &moved } else { &container })
+}
+
+fn interrupted_client_gives_up_and_leaves_the_source_running(stage: &Stage) -> Outcome {
+    let container = big(stage, "interrupt")?;
+    let pid = container.pid()?;
+    let job = stage.a.start_migration(container.id(), "node-b", &[])?;
+    await_that("the target prepares", || find(&stage.b, &["containerd-shim", container.id()]).is_some())?;
+    if let Some(client) = i32::try_from(job.pid()).ok().and_then(Daemon::of) {
+        client.signal(Signal::SIGINT);
+    }
+    Answer::read(job.wait()?)?.failed()?;
+    assert_whole(&container)?;
+    assert_untouched(stage, &container, pid)
+}
+
+/// Moves a container, kills the process that `victim` finds as soon as it is there, and claims that the container
+/// goes on whole on the source, and then moves when nothing is killed.
+fn survives_kill(stage: &Stage, stem: &str, victim: impl Fn(&Stage, &str) -> Option<Daemon>) -> Outcome {
+    let container = big(stage, stem)?;
+    let pid = container.pid()?;
+    let mut job = stage.a.start_migration(container.id(), "node-b", &[])?;
+    let mut found = None;
+    wait_until(LIMIT, || {
+        found = victim(stage, container.id());
+        found.is_some() || !job.is_running()
+    });
+    let Some(found) = found else {
+        let text = format!("the migration ended before it was there: {:?}", job.wait()?);
+        return Err(Trouble::Garbled { what: "a process to be killed", text });
+    };
+    found.signal(Signal::SIGKILL);
+    Answer::read(job.wait()?)?.failed()?;
+    assert_whole(&container)?;
+    assert_untouched(stage, &container, pid)?;
+    if stage.b.node().daemon(AGENT).is_none() {
+        stage.b.node().start_agent::<[&str; 0], _>([])?;
+    }
+    let (moved, _) = container.move_to(&stage.b)?;
+    assert_whole(&moved)
+}
+
+/// Runs the self-checking program with a quarter of a gibibyte.
+fn big<'a>(stage: &'a Stage, stem: &str) -> Result<Container<'a>, Trouble> {
+    let container = stage.a.plan(stem).image("workload").run(&["workload", "pages", "--pages", "65536"])?;
+    await_that("the program has its memory", || {
+        container.exec(&["workload", "ask"]).is_ok_and(|done| done.code == Some(0))
+    })?;
+    Ok(container)
+}
+
+fn assert_whole(container: &Container<'_>) -> Outcome {
+    let line = container.exec(&["workload", "ask"])?.ok()?;
+    let findings = program::parse_line(&line).ok_or(Trouble::Garbled { what: "findings", text: line })?;
+    assert_eq!((findings.pages, findings.bad), (65536, 0));
+    Ok(())
+}
+
+/// Returns a process of a node whose command line has all of `words`, the first of them in the program's name.
+fn find(site: &Site, words: &[&str]) -> Option<Daemon> {
+    site.node().cgroups().processes().into_iter().find(|pid| has_words(*pid, words)).and_then(Daemon::of)
+}
+
+fn has_words(pid: i32, words: &[&str]) -> bool {
+    let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let parts: Vec<&str> = line.split('\0').collect();
+    let Some((first, rest)) = words.split_first() else { return false };
+    let program = parts.first().and_then(|program| program.rsplit('/').next());
+    program.is_some_and(|program| program.starts_with(first)) && rest.iter().all(|word| parts.contains(word))
+}

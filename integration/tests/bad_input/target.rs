@@ -1,0 +1,108 @@
+//! Targets that cannot take the container.
+
+use std::path::Path;
+
+use godwit_integration::case;
+use godwit_integration::suite::{Case, Container, Outcome, Stage, await_that};
+
+use super::claim::{assert_counts_on, assert_says, assert_untouched, counter};
+use super::guard::{AgentAway, SmallStorage};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case!(name_that_a_record_has_on_the_target_is_refused),
+        case!(name_that_a_running_container_has_on_the_target_is_refused),
+        case!(snapshot_of_the_name_on_the_target_is_refused),
+        case!(target_without_criu_is_told_to_install_it).alone(),
+        case!(files_that_do_not_fit_on_the_target_are_refused).alone(),
+        case!(memory_that_does_not_fit_on_the_target_is_refused).alone(),
+        case!(second_attempt_after_a_failed_one_succeeds).alone(),
+    ]
+}
+
+fn name_that_a_record_has_on_the_target_is_refused(stage: &Stage) -> Outcome {
+    let (container, pid) = counter(stage, "name")?;
+    stage.b.rpc.reserve_name(container.id(), stage.lane.runtime.name())?;
+    let answer = stage.a.migrate(container.id(), "node-b", &[]);
+    // It must still be there, so it can be removed.
+    stage.b.ctr(&["containers", "delete", container.id()])?;
+    assert_says(answer?, &[container.id(), "target"])?;
+    assert_counts_on(stage, &container, pid)
+}
+
+fn name_that_a_running_container_has_on_the_target_is_refused(stage: &Stage) -> Outcome {
+    let (container, pid) = counter(stage, "namesake")?;
+    let other = Container::adopt(&stage.b, container.id());
+    let runtime = stage.lane.runtime.name();
+    let image = "localhost/busybox:latest";
+    stage.b.ctr(&["run", "--detach", "--runtime", runtime, image, other.id(), "sleep", "100000"])?;
+    let other_pid = other.pid()?;
+    assert_says(stage.a.migrate(container.id(), "node-b", &[])?, &[container.id()])?;
+    other.assert_runs()?;
+    assert_eq!(other.pid()?, other_pid);
+    drop(other);
+    assert_counts_on(stage, &container, pid)
+}
+
+fn snapshot_of_the_name_on_the_target_is_refused(stage: &Stage) -> Outcome {
+    let (container, pid) = counter(stage, "snapshot")?;
+    stage.b.ctr(&["snapshots", "prepare", container.id()])?;
+    let answer = stage.a.migrate(container.id(), "node-b", &[]);
+    stage.b.ctr(&["snapshots", "remove", container.id()])?;
+    assert_says(answer?, &[container.id(), "snapshot"])?;
+    assert_counts_on(stage, &container, pid)
+}
+
+fn target_without_criu_is_told_to_install_it(stage: &Stage) -> Outcome {
+    let path = stage.b.command(&["sh", "-c", "echo $PATH"])?.ok()?;
+    let has_criu = |dir: &&str| Path::new(dir).join("criu").exists();
+    let path: Vec<&str> = path.trim().split(':').filter(|dir| !has_criu(dir)).collect();
+    let agent = AgentAway::on_b(stage);
+    agent.replace_with_path(&path.join(":"))?;
+    let (container, pid) = counter(stage, "no-criu")?;
+    let answer = stage.a.migrate(container.id(), "node-b", &[])?;
+    assert_eq!(answer.code, 4, "it is known before anything moves: {}", answer.text("error.cause"));
+    assert_says(answer, &["criu", "target"])?;
+    assert_counts_on(stage, &container, pid)
+}
+
+/// The container has written 48 MiB that cannot be compressed, and the target has room for 16.
+fn files_that_do_not_fit_on_the_target_are_refused(stage: &Stage) -> Outcome {
+    let (container, pid) = counter(stage, "files")?;
+    container.exec(&["dd", "if=/dev/urandom", "of=/tmp/big", "bs=1048576", "count=48"])?.ok()?;
+    let small = SmallStorage::with_free(stage, 16 << 20)?;
+    let answer = stage.a.migrate(container.id(), "node-b", &[])?;
+    drop(small);
+    assert_says(answer, &["target"])?;
+    assert_counts_on(stage, &container, pid)
+}
+
+fn memory_that_does_not_fit_on_the_target_is_refused(stage: &Stage) -> Outcome {
+    let container =
+        stage.a.plan("memory").image("workload").run(&["workload", "pages", "--pages", "65536"])?;
+    await_that("the program has its memory", || {
+        container.exec(&["workload", "ask"]).is_ok_and(|done| done.code == Some(0))
+    })?;
+    let pid = container.pid()?;
+    let small = SmallStorage::with_free(stage, 16 << 20)?;
+    let answer = stage.a.migrate(container.id(), "node-b", &[])?;
+    drop(small);
+    assert_says(answer, &["target"])?;
+    assert_untouched(stage, &container, pid)?;
+    container.exec(&["workload", "ask"])?.ok()?;
+    Ok(())
+}
+
+/// The target has no room at first, and then it has.
+fn second_attempt_after_a_failed_one_succeeds(stage: &Stage) -> Outcome {
+    let (container, pid) = counter(stage, "again")?;
+    container.exec(&["dd", "if=/dev/urandom", "of=/tmp/big", "bs=1048576", "count=32"])?.ok()?;
+    let small = SmallStorage::with_free(stage, 8 << 20)?;
+    let answer = stage.a.migrate(container.id(), "node-b", &[])?;
+    drop(small);
+    answer.failed()?;
+    assert_counts_on(stage, &container, pid)?;
+    let (moved, _) = container.move_to(&stage.b)?;
+    moved.exec(&["test", "-e", "/tmp/big"])?.ok()?;
+    Ok(())
+}
