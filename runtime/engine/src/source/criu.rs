@@ -1,0 +1,126 @@
+//! A container of this host, frozen by its cgroup and dumped by CRIU.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use godwit_container::cgroup::FREEZE_LIMIT;
+use godwit_container::checkpoint::{CheckpointOptions, Decision, Dump, Outcome};
+use godwit_container::{Stored, cgroup};
+use godwit_criu::Program;
+use godwit_sys::freezer::{Freezer, FreezerState, Frozen};
+use godwit_sys::pidfd::PidFd;
+
+use super::container::{Cause, Checkpointer, Dumping, Verdict};
+use crate::rootfs::shared_writable_paths;
+
+/// A container of this host and its CRIU.
+#[derive(Debug)]
+pub struct CriuCheckpointer {
+    stored: Stored,
+    work_path: PathBuf,
+    freezer: Freezer,
+    was_frozen: bool,
+    frozen: Option<Frozen>,
+}
+
+impl CriuCheckpointer {
+    /// Takes a container; CRIU's logs and scratch files go to `work_path`.
+    ///
+    /// # Errors
+    /// If its cgroup cannot be found.
+    pub fn new(stored: Stored, work_path: PathBuf) -> Result<Self, Cause> {
+        let freezer = cgroup::freezer(&stored)?;
+        let was_frozen = freezer.state()? != FreezerState::Thawed;
+        Ok(Self { stored, work_path, freezer, was_frozen, frozen: None })
+    }
+
+    /// Takes a container that another worker left frozen; it is this one's to thaw.
+    ///
+    /// # Errors
+    /// If its cgroup cannot be found or frozen.
+    pub fn adopt(stored: Stored, work_path: PathBuf) -> Result<Self, Cause> {
+        let freezer = cgroup::freezer(&stored)?;
+        let frozen = Some(freezer.freeze(FREEZE_LIMIT)?);
+        Ok(Self { stored, work_path, freezer, was_frozen: false, frozen })
+    }
+}
+
+impl Checkpointer for CriuCheckpointer {
+    type Dump = Dump;
+
+    fn prepare(&mut self, images: &Path) -> Result<Dump, Cause> {
+        let options = CheckpointOptions {
+            work_path: Some(self.work_path.clone()),
+            tcp_established: true,
+            external_unix_sockets: true,
+            file_locks: true,
+            ..CheckpointOptions::new(images)
+        };
+        Ok(Dump::prepare(&Program::find()?, &self.stored, &options)?)
+    }
+
+    fn freeze(&mut self) -> Result<(), Cause> {
+        self.frozen = Some(self.freezer.freeze(FREEZE_LIMIT)?);
+        Ok(())
+    }
+
+    fn thaw(&mut self) -> Result<(), Cause> {
+        match self.frozen.take() {
+            Some(frozen) if self.was_frozen => frozen.commit(),
+            Some(frozen) => frozen.thaw()?,
+            None => return Ok(()),
+        }
+        let state = self.freezer.state()?;
+        if state == FreezerState::Thawed || self.was_frozen {
+            return Ok(());
+        }
+        Err(format!("its cgroup is still {state:?}").into())
+    }
+
+    fn leave_frozen(&mut self) {
+        if let Some(frozen) = self.frozen.take() {
+            frozen.commit();
+        }
+    }
+
+    fn kill(&mut self) -> Result<(), Cause> {
+        let pids = cgroup::processes(&self.stored).unwrap_or_default();
+        let processes: Vec<_> = pids.into_iter().filter_map(|pid| PidFd::open(pid).ok()).collect();
+        for process in &processes {
+            process.send_signal(SIGKILL).ok();
+        }
+        // A frozen task dies only when it is thawed; with the signal pending it runs no instruction of its own.
+        if let Some(frozen) = self.frozen.take() {
+            frozen.commit();
+        }
+        if !processes.is_empty() {
+            self.freezer.thaw()?;
+        }
+        for process in &processes {
+            if !process.wait_exit(KILL_LIMIT)? {
+                return Err(format!("process {} survives SIGKILL", process.pid()).into());
+            }
+        }
+        Ok(())
+    }
+
+    fn untraced_files(&self) -> BTreeSet<Vec<u8>> {
+        shared_writable_paths(&cgroup::processes(&self.stored).unwrap_or_default())
+    }
+}
+
+impl Dumping for Dump {
+    fn run(self, decide: impl FnOnce() -> Verdict) -> Result<(), Cause> {
+        let outcome = Self::run(self, || match decide() {
+            Verdict::Kill => Decision::Commit,
+            Verdict::Release => Decision::Rollback,
+        })?;
+        match outcome {
+            Outcome::Committed | Outcome::RolledBack => Ok(()),
+        }
+    }
+}
+
+const SIGKILL: i32 = 9;
+const KILL_LIMIT: Duration = Duration::from_secs(10);

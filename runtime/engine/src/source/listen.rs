@@ -1,0 +1,52 @@
+//! The thread that reads the link: every message becomes an event.
+
+use godwit_protocol::offer::Accept;
+use godwit_protocol::source::{Event, PeerEvent};
+use godwit_protocol::wire::Message;
+
+use crate::link::{LinkError, ReceiveHalf};
+use crate::text::causes;
+
+/// What the target said.
+#[derive(Debug)]
+pub(super) enum Heard {
+    /// Something that the machine decides on.
+    Event(Event),
+    /// It takes the container and lacks these blobs.
+    Accepted(Box<Accept>),
+}
+
+/// Reads until the link ends, and tells `tell` what comes. `tell` returns whether anybody still listens.
+pub(super) fn listen(mut link: ReceiveHalf, tell: impl Fn(Heard) -> bool) {
+    loop {
+        let heard = match link.receive() {
+            Ok(Message::Accept(accept)) => Heard::Accepted(accept),
+            Ok(message) => Heard::Event(Event::Peer(event_of(message))),
+            Err(LinkError::Wire(error)) => {
+                tell(Heard::Event(Event::Peer(PeerEvent::Nonsense { what: error.to_string() })));
+                return;
+            }
+            Err(error) => {
+                tell(Heard::Event(Event::LinkLost { cause: causes(&error) }));
+                return;
+            }
+        };
+        if !tell(heard) {
+            return;
+        }
+    }
+}
+
+fn event_of(message: Message<'_>) -> PeerEvent {
+    match message {
+        Message::Reject(reject) => PeerEvent::Rejected { detail: reject.detail },
+        Message::Preparing(step) => PeerEvent::Preparing(step),
+        Message::Ready { .. } => PeerEvent::Ready,
+        Message::RootfsApplied { pass } => PeerEvent::RootfsApplied(pass),
+        Message::Received => PeerEvent::Received,
+        Message::Restored => PeerEvent::Restored,
+        Message::Resumed(resumed) => PeerEvent::Resumed(resumed),
+        Message::Abort { detail } => PeerEvent::Aborted { detail: detail.to_owned() },
+        other => PeerEvent::Nonsense { what: format!("the target sent {:?} out of place", other.kind()) },
+    }
+}

@@ -1,0 +1,298 @@
+//! The target's worker: takes the link, the writable layer and the images, restores, and lets the container run
+//! when the source commits.
+//!
+//! ```text
+//! receive thread: link ──► rootfs, images ──► Applied, Complete, Commit, Abort … ─┐
+//! restore thread: CRIU ──► Held, Running, Failed ────────────────────────────────┼─► this loop: protocol::Target
+//! this loop's own: Recorded, Undone, Deadline ───────────────────────────────────┘        │ actions
+//!                 link, record, restore thread, events for the shim ◄─────────────────────┘
+//! ```
+//! One thread steps the machine and executes its actions; the other two only report. Images are in memory that is
+//! gone with the worker, however it ends ([`ImageDir`]).
+//!
+//! The worker decides nothing: when to record, resume, undo and tell is `godwit_protocol::target`.
+
+mod images;
+mod receive;
+mod restore;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use godwit_container::Store;
+use godwit_container::restore::{Hold, RestoreOptions};
+use godwit_protocol::fate::Decision;
+use godwit_protocol::target::{Action, End, Event, Step, Target};
+use godwit_protocol::wire::Message;
+use godwit_protocol::wire::message::Resumed;
+use godwit_protocol::{Failure, worker};
+
+use self::images::Images;
+use self::receive::Receiver as LinkReceiver;
+use self::restore::Restorer;
+use crate::clock::Clock;
+use crate::decision::{DecisionError, Record, WorkerAlive};
+use crate::handover::{self, Handover, HandoverError};
+use crate::image_dir::{self, ImageDir};
+use crate::link::SendHalf;
+use crate::text::causes;
+use crate::usage::Usage;
+
+/// What the shim tells the worker.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// The container's id.
+    pub id: String,
+    /// Unix socket of the agent that has the link.
+    pub incoming: PathBuf,
+    /// Directory with `config.json` and the mounted root file system.
+    pub bundle: PathBuf,
+    /// Directory for CRIU's log.
+    pub work_path: PathBuf,
+    /// Where to write init's process id.
+    pub pid_file: PathBuf,
+    /// Unix socket that receives the terminal's master.
+    pub console_socket: Option<PathBuf>,
+    /// Whether systemd manages the cgroup.
+    pub systemd_cgroup: bool,
+}
+
+/// A migration that did not bring the container here.
+#[derive(Debug, thiserror::Error)]
+pub enum TargetError {
+    /// The link was not handed over.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
+    /// The hand-over is for another container.
+    #[error("the agent hands over `{given}`, but `{id}` was to be restored")]
+    WrongContainer {
+        /// The container that the shim wants.
+        id: String,
+        /// The container that the agent has.
+        given: String,
+    },
+    /// The migration's record cannot be used.
+    #[error(transparent)]
+    Record(#[from] DecisionError),
+    /// The directory for images cannot be made.
+    #[error("no directory in memory can be made for the images")]
+    Images(#[source] io::Error),
+    /// A thread cannot be started.
+    #[error("no thread can be started")]
+    Thread(#[source] io::Error),
+    /// The migration failed; the container is where the failure says.
+    #[error(transparent)]
+    Failed(#[from] Failure),
+}
+
+/// Takes one container from its source and returns the process id of its init, which runs.
+///
+/// `report` is told that it runs, for the shim. Standard input, output and error of this process become those of
+/// the container. Blocks for the whole migration.
+///
+/// # Errors
+/// [`TargetError`]; nothing of the container is left here then, unless the failure's fate is unknown.
+pub fn run(store: &Store, order: &Order, report: impl FnMut(&worker::Event)) -> Result<i32, TargetError> {
+    let clock = Clock::start();
+    let (link, handover, agent) = handover::take(&order.incoming)?;
+    if handover.id != order.id {
+        return Err(TargetError::WrongContainer { id: order.id.clone(), given: handover.id });
+    }
+    let record = Record::of(&handover.records, &handover.migration);
+    let alive = record.work()?;
+    let room_bytes = images_max(&handover).min(image_dir::room_bytes());
+    let images = ImageDir::new(room_bytes).map_err(TargetError::Images)?;
+    // Where containerd has a shim mount it.
+    let rootfs = order.bundle.join("rootfs");
+    let (send, receive) = link.split();
+    let (tell, events) = channel();
+    let receiver = LinkReceiver::new(receive, rootfs, Images::into_directory(images.path()));
+    let breaker = send.breaker();
+    let teller = tell.clone();
+    let body = move || receiver.run(|event| teller.send(event).is_ok());
+    let reading =
+        thread::Builder::new().name("receive".to_owned()).spawn(body).map_err(TargetError::Thread)?;
+    let mut worker = Worker {
+        store,
+        order,
+        handover: &handover,
+        record: &record,
+        images: &images,
+        room_bytes,
+        send,
+        tell,
+        restorer: None,
+        report,
+        clock,
+        _alive: alive,
+    };
+    let end = worker.work(&events);
+    breaker.break_link();
+    drop((worker, events));
+    if reading.join().is_err() {
+        log::error!("the receiving thread died");
+    }
+    // The agent reads the end of this connection as the end of the worker.
+    drop(agent);
+    match end {
+        End::Resumed { pid } => Ok(pid),
+        End::Failed(failure) => Err(failure.into()),
+    }
+}
+
+/// Bounds the memory that images may take: what the source says it needs, half as much again for state that is no
+/// page, and a floor for containers with many small images.
+fn images_max(handover: &Handover) -> u64 {
+    let pages_bytes = handover.needs.memory_bytes;
+    pages_bytes.saturating_add(pages_bytes / 2).saturating_add(STATE_BYTES_MAX)
+}
+
+struct Worker<'w, R> {
+    store: &'w Store,
+    order: &'w Order,
+    handover: &'w Handover,
+    record: &'w Record,
+    images: &'w ImageDir,
+    room_bytes: u64,
+    send: SendHalf,
+    tell: Sender<Event>,
+    restorer: Option<Restorer>,
+    report: R,
+    clock: Clock,
+    /// Tells whoever is asked about the fate that the answer is still to come.
+    _alive: WorkerAlive,
+}
+
+impl<R: FnMut(&worker::Event)> Worker<'_, R> {
+    /// Steps the machine to its end.
+    fn work(&mut self, events: &Receiver<Event>) -> End {
+        let mut step = Target::begin(self.clock.now());
+        loop {
+            let Step { state, actions } = step;
+            for action in actions {
+                self.execute(action);
+            }
+            if let Some(end) = state.end() {
+                return end.clone();
+            }
+            let event = next(events, state.deadline().map(|deadline| self.clock.until(deadline)));
+            let (before, name) = (state.label(), event.label());
+            step = state.step(event, self.clock.now());
+            let after = step.state.label();
+            if before != after {
+                log::info!(
+                    migration = self.handover.migration.as_str(), side = "target",
+                    mode = self.handover.mode.name(), phase = step.state.phase().label();
+                    "{before} --{name}--> {after}"
+                );
+            }
+        }
+    }
+
+    fn execute(&mut self, action: Action) {
+        match action {
+            Action::SendReady => self.say(&Message::Ready { room_bytes: self.room_bytes }),
+            Action::SendApplied(pass) => self.say(&Message::RootfsApplied { pass }),
+            Action::SendReceived => self.say(&Message::Received),
+            Action::Restore => self.restore(),
+            Action::SendRestored => self.say(&Message::Restored),
+            Action::Record(decision) => {
+                let event = match self.record.decide(decision) {
+                    Ok(decision) => Event::Recorded(decision),
+                    Err(error) => Event::Failed { cause: causes(&error) },
+                };
+                self.tell(event);
+            }
+            Action::Resume => {
+                if let Some(restorer) = &self.restorer {
+                    restorer.resume();
+                }
+            }
+            Action::ReportResumed { pid } => self.report_resumed(pid),
+            Action::Undo { tell } => self.undo(tell),
+            Action::ReportFailed { failure } => {
+                log::error!(
+                    migration = self.handover.migration.as_str(), side = "target";
+                    "{failure}"
+                );
+                (self.report)(&worker::Event::Failed { failure });
+            }
+        }
+    }
+
+    fn restore(&mut self) {
+        let options = RestoreOptions {
+            work_path: Some(self.order.work_path.clone()),
+            pid_file: Some(self.order.pid_file.clone()),
+            console_socket: self.order.console_socket.clone(),
+            systemd_cgroup: self.order.systemd_cgroup,
+            // The network stays locked while the container is held, so that no connection is answered by a
+            // container that may yet be given up.
+            hold: Hold::PostRestore,
+            ..RestoreOptions::new(&self.order.bundle, self.images.path())
+        };
+        let tell = self.tell.clone();
+        // A machine that has ended does not care.
+        let tell = move |event| drop(tell.send(event));
+        match Restorer::start(self.store, &self.order.id, options, tell) {
+            Ok(restorer) => self.restorer = Some(restorer),
+            Err(error) => self.tell(Event::Failed { cause: format!("no thread can be started: {error}") }),
+        }
+    }
+
+    fn report_resumed(&mut self, pid: i32) {
+        let Usage { cpu_us, disk_bytes_written } = Usage::so_far();
+        self.say(&Message::Resumed(Resumed { pid, cpu_us, disk_bytes_written }));
+        (self.report)(&worker::Event::Restored { pid });
+    }
+
+    /// Removes what was restored, and only then records and says that the source may go on.
+    fn undo(&mut self, detail: Option<String>) {
+        let restorer = self.restorer.take();
+        let removed = restorer.map_or(Ok(()), |restorer| restorer.undo(self.store, &self.order.id));
+        let undone = removed.and_then(|()| match self.record.decide(Decision::Aborted) {
+            Ok(Decision::Aborted) => Ok(()),
+            Ok(decision) => Err(format!("the record says {decision:?}")),
+            Err(error) => Err(causes(&error)),
+        });
+        match undone {
+            Ok(()) => {
+                if let Some(detail) = detail {
+                    self.say(&Message::Abort { detail: &detail });
+                }
+                self.tell(Event::Undone);
+            }
+            Err(cause) => self.tell(Event::UndoFailed { cause }),
+        }
+    }
+
+    /// Tells the source; a link that is lost is noticed by the receiving thread.
+    fn say(&mut self, message: &Message<'_>) {
+        if let Err(error) = self.send.send(message) {
+            log::warn!("failed to tell the source: {error}");
+        }
+    }
+
+    fn tell(&self, event: Event) {
+        // The receiver lives as long as this worker.
+        drop(self.tell.send(event));
+    }
+}
+
+/// Waits for the next event; the deadline is one.
+fn next(events: &Receiver<Event>, limit: Option<Duration>) -> Event {
+    let received = match limit {
+        Some(limit) => events.recv_timeout(limit),
+        None => events.recv().map_err(|_| RecvTimeoutError::Disconnected),
+    };
+    received.unwrap_or_else(|error| match error {
+        RecvTimeoutError::Timeout => Event::Deadline,
+        RecvTimeoutError::Disconnected => unreachable!("the worker holds a sender of its own"),
+    })
+}
+
+/// Memory for images that hold no pages: memory maps, descriptors, mounts, content of tmpfs mounts.
+const STATE_BYTES_MAX: u64 = 512 << 20;
