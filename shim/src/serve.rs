@@ -16,6 +16,7 @@ use ttrpc::r#async::{Server, transport::Listener};
 
 use crate::{
     bootstrap::{TTRPC_ADDRESS, socket_path},
+    bundle::godwit_binary,
     container::Shared,
     error::{Result, ShimError},
     events::Publisher,
@@ -59,6 +60,7 @@ async fn run(flags: &Flags) -> Result<()> {
         namespace: flags.namespace.clone(),
         containerd: flags.address.clone(),
         socket: flags.socket.clone(),
+        worker: godwit_binary(),
         reaper,
         events: Publisher::connect(containerd_ttrpc, &flags.namespace),
     };

@@ -26,7 +26,6 @@ use tokio::{
 };
 
 use crate::{
-    bundle::godwit_binary,
     error::{Result, ShimError},
     reaper::{Exit, Reaper},
     runtime::Target,
@@ -44,6 +43,7 @@ const OUTPUT: &str = "migrate.log";
 /// What a source worker has to know.
 #[derive(Debug)]
 pub(crate) struct Order<'a> {
+    /// The worker's program, and where the container's state is.
     pub(crate) target: &'a Target,
     pub(crate) namespace: &'a str,
     pub(crate) request: &'a MigrationRequest,
@@ -78,14 +78,13 @@ impl Worker {
         let (events, events_writer) = new_pipe()?;
         let (commands_reader, commands) = new_pipe()?;
         let output = output_file(&target.bundle)?;
-        let godwit = Target { binary: godwit_binary(), ..target.clone() };
-        let mut command = godwit.command(LOG);
+        let mut command = target.command(LOG);
         command.env(MARK, &target.bundle).process_group(0);
         let number = command.inherit_fd(events_writer.into());
         arguments(&mut command, order, number);
         let duplicate = output.try_clone().map_err(ShimError::io("duplicate a descriptor"))?;
         command.stdin(Stdio::from(OwnedFd::from(commands_reader))).stdout(output).stderr(duplicate);
-        let binary = godwit.binary.display();
+        let binary = target.binary.display();
         let (pid, ended) = reaper.spawn(&mut command).map_err(ShimError::io(format!("run {binary}")))?;
         // With it goes the shim's own copy of the events' writing end.
         drop(command);

@@ -32,6 +32,7 @@ use crate::{
     bundle,
     cgroup::Cgroup,
     error::{Result, ShimError},
+    runtime::Target,
     verb::Verb,
     worker::{Events, Order, Worker},
 };
@@ -203,7 +204,7 @@ impl Container {
             self.bundle.join("migrate.log").display()
         );
         if bundle::is_committing(&self.bundle) {
-            return (self.ask_target(request, cause).await, None);
+            return self.ask_target(request, cause).await;
         }
         self.wait_for_group(worker.pid).await;
         self.thaw_after_death().await;
@@ -212,7 +213,11 @@ impl Container {
     }
 
     fn start_worker(&self, request: &MigrationRequest, resolve: bool) -> Result<Worker> {
-        let target = self.settings.record.target(&self.bundle, &self.id);
+        // Whatever runtime the container has, only godwit migrates.
+        let target = Target {
+            binary: self.shared.worker.clone(),
+            ..self.settings.record.target(&self.bundle, &self.id)
+        };
         let work = self.bundle.join("work");
         std::fs::create_dir_all(&work).map_err(ShimError::io(format!("make {}", work.display())))?;
         let order = Order {
@@ -257,9 +262,9 @@ impl Container {
         }
     }
 
-    /// Asks the target once what it decided.
-    async fn ask_target(&self, request: &MigrationRequest, cause: String) -> Outcome {
-        let unknown = |cause| Outcome::Failed(self.failure(Fate::Unknown, cause));
+    /// Asks the target once what it decided; the worker that did is left to clean up.
+    async fn ask_target(&self, request: &MigrationRequest, cause: String) -> (Outcome, Option<Worker>) {
+        let unknown = |cause| (Outcome::Failed(self.failure(Fate::Unknown, cause)), None);
         let mut worker = match self.start_worker(request, true) {
             Ok(worker) => worker,
             Err(error) => return unknown(format!("{cause}; {error}")),
@@ -267,28 +272,32 @@ impl Container {
         let (_nobody, mut told) = mpsc::unbounded_channel();
         match self.follow(&mut worker, &mut told).await {
             Outcome::Died { .. } => unknown(cause),
-            known => {
-                worker.commands.tell(Command::Release).await;
-                known
-            }
+            known => (known, Some(worker)),
         }
     }
 
     /// Asks the target until it answers; the container stays frozen meanwhile.
     async fn ask_until_known(self: Arc<Self>, request: MigrationRequest) {
         let mut pause = ASK_AGAIN_MIN;
-        let ended = loop {
+        let (ended, worker) = loop {
             sleep(pause).await;
             pause = (pause * 2).min(ASK_AGAIN_MAX);
             let cause = "the target does not say what it decided".to_owned();
             match self.ask_target(&request, cause).await {
-                Outcome::Committed(report) => break Ended::Well { report },
-                Outcome::Failed(failure) if failure.fate != Fate::Unknown => break Ended::Badly { failure },
-                Outcome::Failed(_) | Outcome::Died { .. } => {}
+                (Outcome::Committed(report), worker) => break (Ended::Well { report }, worker),
+                (Outcome::Failed(failure), _) if failure.fate != Fate::Unknown => {
+                    break (Ended::Badly { failure }, None);
+                }
+                (Outcome::Failed(_) | Outcome::Died { .. }, _) => {}
             }
         };
         bundle::forget_committing(&self.bundle);
         self.conclude(ended);
+        if let Some(worker) = worker {
+            // The client was answered long ago.
+            self.release_migration();
+            self.see_off(worker).await;
+        }
     }
 
     /// Lets the worker remove the source once the client has its report, and waits for its end.

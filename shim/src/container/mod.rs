@@ -65,6 +65,8 @@ pub(crate) struct Shared {
     pub(crate) containerd: String,
     /// The shim's own socket, as `unix://…`.
     pub(crate) socket: String,
+    /// The program of migration workers.
+    pub(crate) worker: PathBuf,
     /// Collects children.
     pub(crate) reaper: Arc<Reaper>,
     /// Takes events.

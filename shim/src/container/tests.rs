@@ -6,7 +6,12 @@ use async_trait::async_trait;
 use tokio::sync::{Semaphore, mpsc::UnboundedReceiver};
 
 use super::*;
-use crate::{options::CheckpointOptions, reaper::Exit, runtime::Call, verb::Verb};
+use crate::{
+    options::CheckpointOptions,
+    reaper::{Exit, Scope},
+    runtime::Call,
+    verb::Verb,
+};
 
 /// The init's pid; far above what the kernel gives out by default, so that nobody is signalled.
 const INIT: i32 = 0x3fff_fff0;
@@ -65,7 +70,7 @@ struct Bench {
     fake: Arc<Fake>,
     reaper: Arc<Reaper>,
     topics: UnboundedReceiver<String>,
-    _bundle: tempfile::TempDir,
+    bundle: tempfile::TempDir,
 }
 
 impl Bench {
@@ -79,10 +84,12 @@ impl Bench {
         std::fs::write(bundle.path().join("config.json"), spec).unwrap();
         let (events, topics) = Publisher::recording();
         let reaper = Arc::new(Reaper::default());
+        reaper.run(Scope::Claimed).unwrap();
         let shared = Shared {
             namespace: "shim-unit-test".to_owned(),
             containerd: String::new(),
             socket: String::new(),
+            worker: bundle.path().join("worker"),
             reaper: Arc::clone(&reaper),
             events,
         };
@@ -94,7 +101,7 @@ impl Bench {
         change(&mut request);
         let runtime: Arc<dyn Runtime> = Arc::<Fake>::clone(&fake);
         let container = Container::create_with(request, shared, runtime).await.unwrap();
-        Self { container, fake, reaper, topics, _bundle: bundle }
+        Self { container, fake, reaper, topics, bundle }
     }
 
     async fn started(fake: Arc<Fake>) -> Self {
@@ -274,4 +281,116 @@ async fn what_cannot_be_understood_as_a_migration_is_refused_by_name() {
     assert_eq!(error.code(), ttrpc::Code::INVALID_ARGUMENT);
     assert!(error.to_string().contains("`teleport`"), "{error}");
     assert!(matches!(bench.container.migration_status(), Err(ShimError::NeverMigrated { .. })));
+}
+
+const REPORT: &str = r#"{"id":"web","migration":"m","mode":"native","outcome":"migrated",
+    "fate":"running_on_target","total_ms":2.0,"downtime_ms":1.0,
+    "downtime":{"freeze_ms":1.0,"state_dump_ms":0.0,"transfer_ms":0.0,"restore_ms":0.0,"resume_ms":0.0},
+    "pages":{"total":0,"normal":0,"zero":0},"bytes":{"state":0,"memory":0,"rootfs":0,"wire":0},
+    "disk_bytes_written":0,"cpu_s":{"source":0.0,"target":0.0}}"#;
+
+const PROGRESS: &str = r#"{"event":"progress","snapshot":{"migration":"m","id":"web","mode":"native",
+    "phase":"frozen","elapsed_ms":5,"sent_bytes":1,"expected_bytes":2,"rate_bytes_per_s":3}}"#;
+
+impl Bench {
+    /// Gives the shim a worker that says `lines` and then runs `rest`, which finds what it was told on stdin
+    /// and whether it is to resolve in `$resolve`.
+    fn worker(&self, lines: &[&str], rest: &str) {
+        use std::os::unix::fs::PermissionsExt;
+        let lines: Vec<String> = lines
+            .iter()
+            .map(|line| format!("echo '{}' >/proc/self/fd/$fd", line.replace('\n', "")))
+            .collect();
+        let script = format!(
+            "#!/bin/sh\nresolve=\nwhile [ $# -gt 0 ]; do case $1 in --events-fd) fd=$2;; --resolve) resolve=1;; \
+             esac; shift; done\n{}\n{rest}\n",
+            lines.join("\n")
+        );
+        let path = self.bundle.path().join("worker");
+        std::fs::write(&path, script).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    fn snapshot(&self) -> serde_json::Value {
+        serde_json::from_str(&self.container.migration_status().unwrap()).unwrap()
+    }
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_migration_answers_at_commit_and_its_worker_waits_for_the_release() {
+    let bench = Bench::started(Arc::default()).await;
+    bench.container.call(Request::Pause).await.unwrap();
+    let committed = format!(r#"{{"event":"committed","report":{REPORT}}}"#);
+    let told = bench.bundle.path().join("told");
+    let rest = format!("read line; echo $line >{}.new; mv {0}.new {0}", told.display());
+    bench.worker(&[PROGRESS, r#"{"event":"committing"}"#, &committed], &rest);
+    bench.checkpoint("godwit://b?migration=m").await.unwrap();
+    // The client's pause was lifted, and its resume finds nothing to do but is welcome.
+    assert_eq!(bench.fake.verbs(), ["create", "start", "pause", "resume"]);
+    assert!(!told.exists());
+    assert_eq!(bench.snapshot()["ended"]["end"], "well");
+    while !told.exists() {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    assert_eq!(std::fs::read_to_string(&told).unwrap().trim(), r#"{"command":"release"}"#);
+    bench.container.call(Request::Resume).await.unwrap();
+    assert!(matches!(bench.container.cancel_migration(), Err(ShimError::NotMigrating { .. })));
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_worker_that_dies_before_it_commits_leaves_the_container_running() {
+    let bench = Bench::started(Arc::default()).await;
+    bench.worker(&[PROGRESS], "exit 3");
+    let error = bench.checkpoint("godwit://b?migration=m").await.unwrap_err();
+    assert_eq!(error.code(), ttrpc::Code::ABORTED);
+    assert!(error.to_string().contains("ended with status 3"), "{error}");
+    assert!(error.to_string().contains("the container runs on the source"), "{error}");
+    assert_eq!(bench.fake.verbs(), ["create", "start", "resume"]);
+    let snapshot = bench.snapshot();
+    assert_eq!(
+        (&snapshot["phase"], &snapshot["ended"]["failure"]["fate"]),
+        (&"frozen".into(), &"running_on_source".into())
+    );
+    bench.container.call(Request::Pause).await.unwrap();
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn after_committing_only_the_target_decides() {
+    let bench = Bench::started(Arc::default()).await;
+    let committed = format!(r#"{{"event":"committed","report":{}}}"#, REPORT.replace('\n', ""));
+    // It dies after it has said that it commits; so does the first that asks; the second gets an answer.
+    let asked = bench.bundle.path().join("asked");
+    let rest = format!(
+        "[ $resolve ] || {{ echo '{{\"event\":\"committing\"}}' >/proc/self/fd/$fd; exit 1; }}\n\
+         [ -e {0} ] || {{ touch {0}; exit 1; }}\necho '{committed}' >/proc/self/fd/$fd; read line",
+        asked.display()
+    );
+    bench.worker(&[], &rest);
+    let error = bench.checkpoint("godwit://b?migration=m").await.unwrap_err();
+    assert!(error.to_string().contains("it is not known which side"), "{error}");
+    // Nobody thaws, and nothing else is done to it, until the answer is there.
+    assert_eq!(bench.fake.verbs(), ["create", "start"]);
+    let refused = bench.container.call(Request::Pause).await.unwrap_err();
+    assert!(matches!(refused, ShimError::Migrating { .. }), "{refused}");
+    while bench.snapshot()["ended"]["end"] != "well" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(bench.fake.verbs(), ["create", "start"]);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn cancelling_reaches_the_worker_and_its_failure_the_client() {
+    let bench = Arc::new(Bench::started(Arc::default()).await);
+    let failed = r#"{"event":"failed","failure":{"side":"source","phase":"frozen","fate":"running_on_source","cause":"cancelled"}}"#;
+    bench.worker(&[PROGRESS], &format!("read line; echo '{failed}' >/proc/self/fd/$fd"));
+    let asking = Arc::clone(&bench);
+    let migration = tokio::spawn(async move { asking.checkpoint("godwit://b").await });
+    while bench.container.migration_status().is_err() || bench.snapshot()["phase"] != "frozen" {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let exec = bench.container.add_exec("e", Address::default(), Vec::new());
+    assert_eq!(exec.unwrap_err().code(), ttrpc::Code::FAILED_PRECONDITION);
+    bench.container.cancel_migration().unwrap();
+    let error = migration.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("cancelled"), "{error}");
 }
