@@ -80,6 +80,10 @@ pub(crate) enum Command {
     Spec(commands::spec::Spec),
     Features(commands::features::Features),
     Migrate(Box<commands::migrate::Migrate>),
+    #[command(hide = true)]
+    MigrateSource(Box<commands::migrate_source::MigrateSource>),
+    #[command(hide = true)]
+    MigrateTarget(commands::migrate_target::MigrateTarget),
     Agent(commands::agent::Agent),
 }
 

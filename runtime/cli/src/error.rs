@@ -29,6 +29,12 @@ pub(crate) enum CliError {
     /// containerd, or the agent beside it, said no.
     #[error(transparent)]
     Node(#[from] godwit_node::NodeError),
+    /// A migration's target worker failed.
+    #[error(transparent)]
+    Target(#[from] godwit_engine::target::TargetError),
+    /// A migration's source worker failed.
+    #[error(transparent)]
+    Migration(#[from] godwit_protocol::Failure),
     /// An argument does not make sense.
     #[error("{0}")]
     Usage(String),

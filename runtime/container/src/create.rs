@@ -6,12 +6,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use godwit_sys::netns;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::error::LibcontainerError;
-use libcontainer::oci_spec::runtime::Spec;
+use libcontainer::oci_spec::runtime::{LinuxNamespaceType, Spec};
 use libcontainer::syscall::syscall::SyscallType;
 
+use crate::checkpoint::external;
 use crate::devices;
 use crate::error::{ContainerError, Result};
 use crate::executor::InitExecutor;
@@ -105,9 +107,17 @@ fn finish(
     let stored = Stored::record_process(store, container, pid, rootfs, ContainerStatus::Created)?;
     // Before anything of the container runs: init waits for `start` in libcontainer's code.
     devices::confine(pid, spec)?;
+    if has_new_network(spec) {
+        netns::bring_loopback_up(pid)?;
+    }
     update::keep_oom_killer_off(&stored, spec)?;
     write_pid(options.pid_file.as_deref(), pid)?;
     Ok(stored)
+}
+
+/// Tells whether the container gets a network namespace of its own, in which the loopback device is off at first.
+pub(crate) fn has_new_network(spec: &Spec) -> bool {
+    external::namespaces(spec).any(|(kind, path)| kind == LinuxNamespaceType::Network && path.is_none())
 }
 
 /// Kills and removes what a failed `create` made.

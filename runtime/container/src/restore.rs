@@ -379,9 +379,7 @@ impl<D: FnOnce(i32) -> Decision> Conversation<'_, D> {
 
     /// The namespaces of the restored init exist, nothing runs in them yet.
     fn set_up(&mut self, pid: i32) -> Result<()> {
-        let own_network = external::namespaces(&self.plan.spec)
-            .any(|(kind, path)| kind == LinuxNamespaceType::Network && path.is_none());
-        if own_network {
+        if create::has_new_network(&self.plan.spec) {
             netns::bring_loopback_up(pid)?;
         }
         let Some(hooks) = self.plan.spec.hooks() else { return Ok(()) };

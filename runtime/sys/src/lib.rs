@@ -29,6 +29,7 @@ pub mod foreign_memory;
 pub mod foreign_scan;
 pub mod fork;
 pub mod freezer;
+pub mod inherited;
 pub mod inject;
 pub mod keyring;
 pub mod memfd;

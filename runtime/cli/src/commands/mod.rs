@@ -12,6 +12,8 @@ pub(crate) mod features;
 pub(crate) mod kill;
 pub(crate) mod list;
 pub(crate) mod migrate;
+pub(crate) mod migrate_source;
+pub(crate) mod migrate_target;
 pub(crate) mod pause;
 pub(crate) mod ps;
 pub(crate) mod restore;
@@ -21,6 +23,7 @@ pub(crate) mod spec;
 pub(crate) mod start;
 pub(crate) mod state;
 pub(crate) mod update;
+mod worker_events;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -56,6 +59,8 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Spec(verb) => verb.run(),
         Command::Features(verb) => verb.run(),
         Command::Migrate(verb) => verb.run(),
+        Command::MigrateSource(verb) => verb.run(&store),
+        Command::MigrateTarget(verb) => verb.run(&store, globals),
         Command::Agent(verb) => verb.run(),
     }
 }
