@@ -119,7 +119,7 @@ impl Container {
         let (outcome, worker) = self.attempt(&request, told).await;
         match outcome {
             Outcome::Committed(report) => {
-                bundle::forget_committing(&self.bundle);
+                // The note stays, so that `delete`, which the worker's own clean-up sets off, leaves it alone.
                 self.conclude(Ended::Well { report });
                 answer(reply, Ok(()));
                 if let Some(worker) = worker {
@@ -291,7 +291,9 @@ impl Container {
                 (Outcome::Failed(_) | Outcome::Died { .. }, _) => {}
             }
         };
-        bundle::forget_committing(&self.bundle);
+        if matches!(ended, Ended::Badly { .. }) {
+            bundle::forget_committing(&self.bundle);
+        }
         self.conclude(ended);
         if let Some(worker) = worker {
             // The client was answered long ago.

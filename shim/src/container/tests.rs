@@ -328,6 +328,10 @@ async fn a_migration_answers_at_commit_and_its_worker_waits_for_the_release() {
     // The client's pause was lifted, and its resume finds nothing to do but is welcome.
     assert_eq!(bench.fake.verbs(), ["create", "start", "pause", "resume"]);
     assert!(!told.exists());
+    assert!(
+        crate::bundle::is_committing(bench.bundle.path()),
+        "else `delete` kills the worker in its clean-up"
+    );
     assert_eq!(bench.snapshot()["ended"]["end"], "well");
     while !told.exists() {
         tokio::time::sleep(Duration::from_millis(2)).await;
