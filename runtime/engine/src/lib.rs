@@ -24,3 +24,6 @@ mod text;
 pub mod usage;
 
 pub use link::{Link, LinkError};
+
+/// An error of a container, of CRIU or of containerd, kept for its text.
+pub type Cause = Box<dyn std::error::Error + Send + Sync>;

@@ -324,6 +324,13 @@ impl ReceiveHalf {
         Ok(Message::decode(header.kind, payload)?)
     }
 
+    /// Reads to the end of the link without looking at what comes.
+    pub fn drain(&mut self) {
+        self.payload.resize(DRAIN_LEN, 0);
+        let mut payload = std::mem::take(&mut self.payload);
+        while matches!((&*self.socket).read(&mut payload), Ok(1..)) {}
+    }
+
     /// Sets how long [`ReceiveHalf::receive`] waits for the next byte; `None` waits as long as the peer lives.
     ///
     /// # Errors
@@ -351,12 +358,21 @@ impl ReceiveHalf {
 }
 
 impl Breaker {
+    /// Ends this end's sending: the peer reads what was sent, and then the end of the link.
+    pub fn stop_sending(&self) {
+        // A socket that is not connected any more is past it.
+        drop(self.0.shutdown(Shutdown::Write));
+    }
+
     /// Ends the link: both ends' pending and later calls fail.
     pub fn break_link(&self) {
         // A socket that is not connected any more is what is wanted.
         drop(self.0.shutdown(Shutdown::Both));
     }
 }
+
+/// As much as one read takes from a link that nobody listens to any more.
+const DRAIN_LEN: usize = 64 << 10;
 
 fn prepare(socket: &TcpStream) -> io::Result<()> {
     let silence_s = u32::try_from(PEER_SILENCE_MAX.as_secs()).unwrap_or(u32::MAX);

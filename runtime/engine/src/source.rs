@@ -23,6 +23,8 @@ mod criu;
 mod images;
 mod listen;
 mod progress;
+mod tell;
+mod work;
 mod worker;
 
 use std::path::PathBuf;
@@ -34,10 +36,11 @@ use godwit_protocol::source::{End, Source};
 use godwit_protocol::worker::{Command, Event};
 use godwit_protocol::{MigrationId, MigrationRequest};
 
-pub use container::{Cause, Checkpointer, Dumping, Verdict};
+pub use container::{Checkpointer, Dumping, Verdict};
 pub use criu::CriuCheckpointer;
 
 use self::worker::Worker;
+use crate::Cause;
 use crate::clock::Clock;
 
 /// What the worker is to do.

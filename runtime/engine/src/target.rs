@@ -12,32 +12,33 @@
 //!
 //! The worker decides nothing: when to record, resume, undo and tell is `godwit_protocol::target`.
 
+mod criu;
 mod images;
 mod receive;
 mod restore;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
-use godwit_container::Store;
-use godwit_container::restore::{Hold, RestoreOptions};
 use godwit_protocol::fate::Decision;
 use godwit_protocol::target::{Action, End, Event, Step, Target};
 use godwit_protocol::wire::Message;
 use godwit_protocol::wire::message::Resumed;
 use godwit_protocol::{Failure, worker};
 
+pub use self::criu::CriuRestorer;
 use self::images::Images;
 use self::receive::Receiver as LinkReceiver;
-use self::restore::Restorer;
+use self::restore::Restoring;
+use crate::Cause;
 use crate::clock::Clock;
 use crate::decision::{DecisionError, Record, WorkerAlive};
 use crate::handover::{self, Handover, HandoverError};
 use crate::image_dir::{self, ImageDir};
-use crate::link::SendHalf;
+use crate::link::{Breaker, SendHalf};
 use crate::text::causes;
 use crate::usage::Usage;
 
@@ -48,16 +49,33 @@ pub struct Order {
     pub id: String,
     /// Unix socket of the agent that has the link.
     pub incoming: PathBuf,
-    /// Directory with `config.json` and the mounted root file system.
-    pub bundle: PathBuf,
-    /// Directory for CRIU's log.
-    pub work_path: PathBuf,
-    /// Where to write init's process id.
-    pub pid_file: PathBuf,
-    /// Unix socket that receives the terminal's master.
-    pub console_socket: Option<PathBuf>,
-    /// Whether systemd manages the cgroup.
-    pub systemd_cgroup: bool,
+    /// Where the container's root is mounted.
+    pub rootfs: PathBuf,
+}
+
+/// The word that a held container waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// Let it run.
+    Resume,
+    /// Remove it.
+    GiveUp,
+}
+
+/// Restores one container.
+pub trait Restorer: Clone + Send + 'static {
+    /// Restores from the images in the directory `images`. `decide` is called when the container is held, complete
+    /// and stopped; it may take its time. Returns the process id of its init, which runs.
+    ///
+    /// # Errors
+    /// What went wrong, or that the container was given up; nothing of it is left then.
+    fn restore(&self, images: &Path, decide: impl FnOnce() -> Word) -> Result<i32, Cause>;
+
+    /// Removes the container after it was let run.
+    ///
+    /// # Errors
+    /// What is left.
+    fn remove(&self) -> Result<(), Cause>;
 }
 
 /// A migration that did not bring the container here.
@@ -90,12 +108,15 @@ pub enum TargetError {
 
 /// Takes one container from its source and returns the process id of its init, which runs.
 ///
-/// `report` is told that it runs, for the shim. Standard input, output and error of this process become those of
-/// the container. Blocks for the whole migration.
+/// `report` is told that it runs, for the shim. Blocks for the whole migration.
 ///
 /// # Errors
 /// [`TargetError`]; nothing of the container is left here then, unless the failure's fate is unknown.
-pub fn run(store: &Store, order: &Order, report: impl FnMut(&worker::Event)) -> Result<i32, TargetError> {
+pub fn run(
+    order: &Order,
+    restorer: impl Restorer,
+    report: impl FnMut(&worker::Event),
+) -> Result<i32, TargetError> {
     let clock = Clock::start();
     let (link, handover, agent) = handover::take(&order.incoming)?;
     if handover.id != order.id {
@@ -105,42 +126,53 @@ pub fn run(store: &Store, order: &Order, report: impl FnMut(&worker::Event)) -> 
     let alive = record.work()?;
     let room_bytes = images_max(&handover).min(image_dir::room_bytes());
     let images = ImageDir::new(room_bytes).map_err(TargetError::Images)?;
-    // Where containerd has a shim mount it.
-    let rootfs = order.bundle.join("rootfs");
     let (send, receive) = link.split();
     let (tell, events) = channel();
-    let receiver = LinkReceiver::new(receive, rootfs, Images::into_directory(images.path()));
+    let receiver = LinkReceiver::new(receive, order.rootfs.clone(), Images::into_directory(images.path()));
     let breaker = send.breaker();
+    // Carries nothing: it ends with the thread that reads.
+    let (reading, link_ended) = channel();
     let teller = tell.clone();
-    let body = move || receiver.run(|event| teller.send(event).is_ok());
-    let reading =
-        thread::Builder::new().name("receive".to_owned()).spawn(body).map_err(TargetError::Thread)?;
+    let body = move || {
+        receiver.run(|event| teller.send(event).is_ok());
+        drop(reading);
+    };
+    thread::Builder::new().name("receive".to_owned()).spawn(body).map_err(TargetError::Thread)?;
     let mut worker = Worker {
-        store,
-        order,
+        restorer,
         handover: &handover,
         record: &record,
         images: &images,
         room_bytes,
         send,
         tell,
-        restorer: None,
+        restoring: None,
         report,
         clock,
         _alive: alive,
     };
     let end = worker.work(&events);
-    breaker.break_link();
-    drop((worker, events));
-    if reading.join().is_err() {
-        log::error!("the receiving thread died");
-    }
-    // The agent reads the end of this connection as the end of the worker.
-    drop(agent);
+    drop(worker);
     match end {
         End::Resumed { pid } => Ok(pid),
-        End::Failed(failure) => Err(failure.into()),
+        End::Failed(failure) => {
+            take_leave(&breaker, &link_ended);
+            // The agent reads the end of this connection as the end of the worker.
+            drop(agent);
+            Err(failure.into())
+        }
     }
+}
+
+/// Ends a link whose last word has to arrive.
+///
+/// A socket that is closed while the peer's data waits in it is reset, and a reset takes from the peer what it has
+/// not read yet. So this end only stops sending, and the thread that reads goes on until the source has closed
+/// its own.
+fn take_leave(breaker: &Breaker, link_ended: &Receiver<()>) {
+    breaker.stop_sending();
+    link_ended.recv_timeout(LEAVE_MAX).ok();
+    breaker.break_link();
 }
 
 /// Bounds the memory that images may take: what the source says it needs, half as much again for state that is no
@@ -150,23 +182,22 @@ fn images_max(handover: &Handover) -> u64 {
     pages_bytes.saturating_add(pages_bytes / 2).saturating_add(STATE_BYTES_MAX)
 }
 
-struct Worker<'w, R> {
-    store: &'w Store,
-    order: &'w Order,
+struct Worker<'w, C, R> {
+    restorer: C,
     handover: &'w Handover,
     record: &'w Record,
     images: &'w ImageDir,
     room_bytes: u64,
     send: SendHalf,
     tell: Sender<Event>,
-    restorer: Option<Restorer>,
+    restoring: Option<Restoring>,
     report: R,
     clock: Clock,
     /// Tells whoever is asked about the fate that the answer is still to come.
     _alive: WorkerAlive,
 }
 
-impl<R: FnMut(&worker::Event)> Worker<'_, R> {
+impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
     /// Steps the machine to its end.
     fn work(&mut self, events: &Receiver<Event>) -> End {
         let mut step = Target::begin(self.clock.now());
@@ -207,8 +238,8 @@ impl<R: FnMut(&worker::Event)> Worker<'_, R> {
                 self.tell(event);
             }
             Action::Resume => {
-                if let Some(restorer) = &self.restorer {
-                    restorer.resume();
+                if let Some(restoring) = &self.restoring {
+                    restoring.resume();
                 }
             }
             Action::ReportResumed { pid } => self.report_resumed(pid),
@@ -224,21 +255,11 @@ impl<R: FnMut(&worker::Event)> Worker<'_, R> {
     }
 
     fn restore(&mut self) {
-        let options = RestoreOptions {
-            work_path: Some(self.order.work_path.clone()),
-            pid_file: Some(self.order.pid_file.clone()),
-            console_socket: self.order.console_socket.clone(),
-            systemd_cgroup: self.order.systemd_cgroup,
-            // The network stays locked while the container is held, so that no connection is answered by a
-            // container that may yet be given up.
-            hold: Hold::PostRestore,
-            ..RestoreOptions::new(&self.order.bundle, self.images.path())
-        };
         let tell = self.tell.clone();
         // A machine that has ended does not care.
         let tell = move |event| drop(tell.send(event));
-        match Restorer::start(self.store, &self.order.id, options, tell) {
-            Ok(restorer) => self.restorer = Some(restorer),
+        match Restoring::start(self.restorer.clone(), self.images.path().to_owned(), tell) {
+            Ok(restoring) => self.restoring = Some(restoring),
             Err(error) => self.tell(Event::Failed { cause: format!("no thread can be started: {error}") }),
         }
     }
@@ -251,8 +272,8 @@ impl<R: FnMut(&worker::Event)> Worker<'_, R> {
 
     /// Removes what was restored, and only then records and says that the source may go on.
     fn undo(&mut self, detail: Option<String>) {
-        let restorer = self.restorer.take();
-        let removed = restorer.map_or(Ok(()), |restorer| restorer.undo(self.store, &self.order.id));
+        let restoring = self.restoring.take();
+        let removed = restoring.map_or(Ok(()), |restoring| restoring.undo(&self.restorer));
         let undone = removed.and_then(|()| match self.record.decide(Decision::Aborted) {
             Ok(Decision::Aborted) => Ok(()),
             Ok(decision) => Err(format!("the record says {decision:?}")),
@@ -296,3 +317,6 @@ fn next(events: &Receiver<Event>, limit: Option<Duration>) -> Event {
 
 /// Memory for images that hold no pages: memory maps, descriptors, mounts, content of tmpfs mounts.
 const STATE_BYTES_MAX: u64 = 512 << 20;
+
+/// Time for the source to read the last word and close its end.
+const LEAVE_MAX: Duration = Duration::from_secs(2);

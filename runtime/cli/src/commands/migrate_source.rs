@@ -15,7 +15,8 @@ use std::thread;
 
 use clap::Args;
 use godwit_container::Store;
-use godwit_engine::source::{self, Blob, Cause, CriuCheckpointer, Order, Origin};
+use godwit_engine::Cause;
+use godwit_engine::source::{self, Blob, CriuCheckpointer, Order, Origin};
 use godwit_node::Source;
 use godwit_node::content::BlobReader;
 use godwit_protocol::offer::Offer;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use godwit_container::Store;
-use godwit_engine::target::{self, Order};
+use godwit_engine::target::{self, CriuRestorer, Order};
 
 use crate::cli::Globals;
 use crate::commands::worker_events::WorkerEvents;
@@ -46,13 +46,19 @@ impl MigrateTarget {
         let order = Order {
             id: self.id.clone(),
             incoming: self.incoming.clone(),
+            // Where containerd has a shim mount it.
+            rootfs: self.bundle.join("rootfs"),
+        };
+        let restorer = CriuRestorer {
+            store: store.clone(),
+            id: self.id.clone(),
             bundle: self.bundle.clone(),
             work_path: self.work_path.clone(),
-            pid_file: self.pid_file.clone(),
+            pid_file: Some(self.pid_file.clone()),
             console_socket: self.console_socket.clone(),
             systemd_cgroup: globals.systemd_cgroup,
         };
-        target::run(store, &order, |event| events.tell(event))?;
+        target::run(&order, restorer, |event| events.tell(event))?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use godwit_protocol::rootfs::{Entry, Layer, Pass};
 use godwit_protocol::wire::Message;
 
-use super::container::Cause;
+use crate::Cause;
 use crate::link::{LinkError, SendHalf};
 use crate::rootfs::{RootfsError, Sink};
 

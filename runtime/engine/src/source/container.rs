@@ -1,11 +1,9 @@
 //! What the source does with a container.
 
 use std::collections::BTreeSet;
-use std::error::Error;
 use std::path::Path;
 
-/// An error of a container or of CRIU, kept for its text.
-pub type Cause = Box<dyn Error + Send + Sync>;
+use crate::Cause;
 
 /// What becomes of a dumped container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

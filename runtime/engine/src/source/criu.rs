@@ -11,7 +11,8 @@ use godwit_criu::Program;
 use godwit_sys::freezer::{Freezer, FreezerState, Frozen};
 use godwit_sys::pidfd::PidFd;
 
-use super::container::{Cause, Checkpointer, Dumping, Verdict};
+use super::container::{Checkpointer, Dumping, Verdict};
+use crate::Cause;
 use crate::rootfs::shared_writable_paths;
 
 /// A container of this host and its CRIU.

@@ -45,6 +45,8 @@ impl Receiver {
                 Ok(Some(event)) => event,
                 Err(event) => {
                     tell(event);
+                    // To its end, so that what this side still says is not lost with a reset.
+                    self.link.drain();
                     return;
                 }
             };

@@ -1,79 +1,69 @@
-//! The thread in which CRIU restores: it reports that the container is held, and waits for the word.
+//! The thread in which a container is restored: it reports that the container is held, and waits for the word.
 
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::{io, thread};
 
-use godwit_container::Store;
-use godwit_container::checkpoint::Decision;
-use godwit_container::lifecycle;
-use godwit_container::restore::{RestoreOptions, restore};
 use godwit_protocol::target::Event;
 
+use super::{Restorer, Word};
 use crate::text::causes;
 
 /// A restore under way, held, or done.
 #[derive(Debug)]
-pub(super) struct Restorer {
-    word: Sender<Decision>,
+pub(super) struct Restoring {
+    word: Sender<Word>,
     thread: JoinHandle<bool>,
 }
 
-impl Restorer {
+impl Restoring {
     /// Starts to restore, and tells `tell` when the container is held, when it runs, and what went wrong.
     pub(super) fn start(
-        store: &Store,
-        id: &str,
-        options: RestoreOptions,
+        restorer: impl Restorer,
+        images: PathBuf,
         tell: impl Fn(Event) + Send + 'static,
     ) -> io::Result<Self> {
-        let (word, decision) = channel();
-        let (store, id) = (store.clone(), id.to_owned());
-        let body = move || run(&store, &id, &options, &decision, tell);
+        let (word, words) = channel();
+        let body = move || run(&restorer, &images, &words, tell);
         let thread = thread::Builder::new().name("restore".to_owned()).spawn(body)?;
         Ok(Self { word, thread })
     }
 
     /// Lets the held container run.
     pub(super) fn resume(&self) {
-        if self.word.send(Decision::Commit).is_err() {
+        if self.word.send(Word::Resume).is_err() {
             log::warn!("a restore that has failed is told to go on");
         }
     }
 
     /// Makes sure that nothing of the container is left, in whatever state it is.
     ///
-    /// Waits for a CRIU that has not reached the hold: it gives up there.
+    /// Waits for a restore that has not reached the hold: it gives up there.
     ///
     /// # Errors
     /// What hinders the removal of a container that runs already.
-    pub(super) fn undo(self, store: &Store, id: &str) -> Result<(), String> {
+    pub(super) fn undo(self, restorer: &impl Restorer) -> Result<(), String> {
         drop(self.word);
         let runs = self.thread.join().map_err(|_| "the restoring thread died".to_owned())?;
-        if runs { lifecycle::delete(store, id, true).map_err(|error| causes(&error)) } else { Ok(()) }
+        if runs { restorer.remove().map_err(|cause| causes(cause.as_ref())) } else { Ok(()) }
     }
 }
 
 /// Returns whether the container runs. A failed or abandoned restore has left nothing.
-fn run(
-    store: &Store,
-    id: &str,
-    options: &RestoreOptions,
-    word: &Receiver<Decision>,
-    tell: impl Fn(Event),
-) -> bool {
-    let held = |_| {
+fn run(restorer: &impl Restorer, images: &Path, words: &Receiver<Word>, tell: impl Fn(Event)) -> bool {
+    let held = || {
         tell(Event::Held);
         // A closed channel means that the migration was given up.
-        word.recv().unwrap_or(Decision::Rollback)
+        words.recv().unwrap_or(Word::GiveUp)
     };
-    match restore(store, id, options, held) {
-        Ok(stored) => {
-            tell(Event::Running { pid: stored.pid().unwrap_or_default() });
+    match restorer.restore(images, held) {
+        Ok(pid) => {
+            tell(Event::Running { pid });
             true
         }
-        Err(error) => {
-            tell(Event::Failed { cause: causes(&error) });
+        Err(cause) => {
+            tell(Event::Failed { cause: causes(cause.as_ref()) });
             false
         }
     }

@@ -1,0 +1,296 @@
+//! What the source's actions do: threads that send, and the container.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use godwit_protocol::rootfs::Pass;
+use godwit_protocol::source::Event;
+use godwit_protocol::wire::Message;
+use godwit_protocol::worker::{self, Command};
+
+use super::bulk::{BulkError, BulkLink, RootfsSender};
+use super::container::{Checkpointer, Dumping, Verdict};
+use super::images::ImageStream;
+use super::listen::{Heard, listen};
+use super::worker::{Connected, Dump, News, Sent, Worker};
+use super::{ask, blobs};
+use crate::Cause;
+use crate::image_dir::{self, ImageDir};
+use crate::link::{Link, LinkError};
+use crate::rootfs::{Copier, LayerRoot};
+use crate::text::causes;
+
+impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
+    pub(super) fn listen_for_commands(&self, commands: Receiver<Command>) {
+        let news = self.teller.clone();
+        thread::spawn(move || {
+            for command in commands {
+                if news.send(News::Command(Some(command))).is_err() {
+                    return;
+                }
+            }
+            news.send(News::Command(None)).ok();
+        });
+    }
+
+    pub(super) fn connect(&self) {
+        let news = self.teller.clone();
+        let (host, port) = (self.order.request.host.clone(), self.order.request.port);
+        thread::spawn(move || {
+            let connected = match Link::connect(&host, port) {
+                Ok(link) => News::Connected(Box::new(link)),
+                Err(error) => News::Event(Event::Failed { cause: causes(&error) }),
+            };
+            news.send(connected).ok();
+        });
+    }
+
+    pub(super) fn attach(&mut self, link: Link) {
+        let breaker = link.breaker();
+        let (send, receive) = link.split();
+        let news = self.teller.clone();
+        thread::spawn(move || {
+            listen(receive, |heard| {
+                let heard = match heard {
+                    Heard::Event(event) => News::Event(event),
+                    Heard::Accepted(accept) => News::Accepted(accept),
+                };
+                news.send(heard).is_ok()
+            });
+        });
+        self.link = Some(Connected { bulk: BulkLink::over(send), breaker });
+    }
+
+    fn bulk(&self) -> Result<BulkLink, Cause> {
+        let link = self.link.as_ref().ok_or(LinkError::Closed)?;
+        Ok(link.bulk.clone())
+    }
+
+    pub(super) fn send_offer(&mut self) -> Result<(), Cause> {
+        let offer = self.origin.offer()?;
+        self.expected_bytes = offer.needs.memory_bytes + offer.needs.rootfs_bytes;
+        self.offered = offer.container.image.as_ref().map(|image| image.blobs.clone()).unwrap_or_default();
+        Ok(self.bulk()?.send_always(&Message::Offer(Box::new(offer)))?)
+    }
+
+    /// Runs `work`, which sends bulk, in a thread of its own and reports how it failed, if it does.
+    fn in_background(
+        &self,
+        work: impl FnOnce(&BulkLink, &Sender<News<C::Dump>>) -> Result<(), BulkError> + Send + 'static,
+    ) where
+        C::Dump: 'static,
+    {
+        let news = self.teller.clone();
+        let bulk = self.bulk();
+        thread::spawn(move || {
+            let result = match bulk {
+                Ok(bulk) => work(&bulk, &news),
+                Err(_) => Err(BulkError::Link(LinkError::Closed)),
+            };
+            let event = match result {
+                Ok(()) | Err(BulkError::Stopped) => return,
+                Err(BulkError::Link(error)) => {
+                    // The receiving thread knows better: the target may have said why before it closed the link.
+                    thread::sleep(LAST_WORD_MAX);
+                    Event::LinkLost { cause: causes(&error) }
+                }
+                Err(error) => Event::Failed { cause: causes(&error) },
+            };
+            news.send(News::Event(event)).ok();
+        });
+    }
+
+    pub(super) fn send_blobs(&mut self) {
+        let origin = Arc::clone(&self.origin);
+        let (offered, missing) = (std::mem::take(&mut self.offered), std::mem::take(&mut self.missing));
+        self.in_background(move |bulk, _| blobs::send(bulk, origin.as_ref(), &offered, &missing));
+    }
+
+    /// Prepares CRIU first: what is in the way of a dump is best known before anything is copied.
+    pub(super) fn send_rootfs(&mut self) -> Result<(), Cause> {
+        let images = ImageDir::new(image_dir::room_bytes())?;
+        let dump = self.container.prepare(images.path())?;
+        self.images = Some(images);
+        let rootfs = self.order.rootfs.clone();
+        let sent = Arc::clone(&self.sent);
+        self.in_background(move |bulk, news| {
+            let mut copier = Box::new(Copier::open(&LayerRoot::of(&rootfs)?)?);
+            send_pass(&mut copier, Pass::Live, &BTreeSet::new(), bulk, &sent)?;
+            news.send(News::Copied { copier, dump }).ok();
+            news.send(News::Event(Event::RootfsSent)).ok();
+            bulk.send(&Message::RootfsEnd { pass: Pass::Live })
+        });
+        Ok(())
+    }
+
+    pub(super) fn freeze(&mut self) -> Result<(), Cause> {
+        self.container.freeze()?;
+        self.report(News::Event(Event::Froze));
+        Ok(())
+    }
+
+    pub(super) fn start_dump(&mut self) -> Result<(), Cause> {
+        let prepared = self.prepared.take().zip(self.images.as_ref());
+        let ((copier, dump), images) = prepared.ok_or("the dump was not prepared")?;
+        let untraced = self.container.untraced_files();
+        let dumped = Arc::new(AtomicBool::new(false));
+        let (verdict, verdicts) = channel();
+        let news = self.teller.clone();
+        let thread = thread::spawn({
+            let dumped = Arc::clone(&dumped);
+            move || {
+                let decide = || {
+                    news.send(News::Event(Event::Dumped)).ok();
+                    // After the event: the state can be complete only behind it.
+                    dumped.store(true, Ordering::Release);
+                    // Without a verdict nobody is left to give one, and the container goes on.
+                    verdicts.recv().unwrap_or(Verdict::Release)
+                };
+                dump.run(decide).map_err(|cause| {
+                    let cause = causes(cause.as_ref());
+                    news.send(News::Event(Event::Failed { cause: cause.clone() })).ok();
+                    cause
+                })
+            }
+        });
+        self.dump = Some(Dump { verdict, thread });
+        self.stream(copier, untraced, ImageStream::of(images.path()), dumped);
+        Ok(())
+    }
+
+    /// Sends the final pass, and the images while CRIU writes them.
+    fn stream(
+        &self,
+        mut copier: Box<Copier>,
+        untraced: BTreeSet<Vec<u8>>,
+        mut images: ImageStream,
+        dumped: Arc<AtomicBool>,
+    ) {
+        let sent = Arc::clone(&self.sent);
+        self.in_background(move |bulk, news| {
+            send_pass(&mut copier, Pass::Final, &untraced, bulk, &sent)?;
+            bulk.send(&Message::RootfsEnd { pass: Pass::Final })?;
+            while !dumped.load(Ordering::Acquire) {
+                if !images.send_grown(bulk)? {
+                    bulk.check()?;
+                    thread::sleep(GROWTH_POLL);
+                }
+            }
+            images.send_rest(bulk)?;
+            sent.pages.store(images.page_bytes(), Ordering::Relaxed);
+            sent.state.store(images.state_bytes(), Ordering::Relaxed);
+            news.send(News::Event(Event::StateSent)).ok();
+            images.send_manifest(bulk)
+        });
+    }
+
+    pub(super) fn commit(&mut self) -> Result<(), Cause> {
+        (self.tell)(&worker::Event::Committing);
+        Ok(self.bulk()?.send_always(&Message::Commit)?)
+    }
+
+    pub(super) fn ask_fate(&self, pause: Duration) {
+        let news = self.teller.clone();
+        let (request, migration) = (self.order.request.clone(), self.order.migration.clone());
+        thread::spawn(move || {
+            thread::sleep(pause);
+            let event = match ask::ask(&request, &migration) {
+                Ok(answer) => Event::Answered(answer),
+                Err(error) => Event::AskFailed { cause: causes(&error) },
+            };
+            news.send(News::Event(event)).ok();
+        });
+    }
+
+    /// Lets CRIU kill the tasks, and kills what it leaves. The container runs elsewhere: nothing here is an error
+    /// that could change that.
+    pub(super) fn kill(&mut self) {
+        self.moved_at = self.clock.now();
+        if let Err(cause) = self.end_dump(Verdict::Kill) {
+            log::warn!("criu did not end the moved container's tasks: {cause}");
+        }
+        if let Err(cause) = self.container.kill() {
+            log::error!("tasks of the moved container are left: {}", causes(cause.as_ref()));
+        }
+        self.report(News::Event(Event::Killed));
+    }
+
+    fn end_dump(&mut self, verdict: Verdict) -> Result<(), String> {
+        let Some(dump) = self.dump.take() else { return Ok(()) };
+        // A dump that has failed takes no verdict any more.
+        dump.verdict.send(verdict).ok();
+        dump.thread.join().unwrap_or_else(|_| Err("its thread panicked".to_owned()))
+    }
+
+    /// The container first, the target afterwards: one is down, the other only waits.
+    pub(super) fn roll_back(&mut self, tell: Option<&str>) {
+        if let Some(link) = &self.link {
+            link.bulk.stop();
+        }
+        self.prepared = None;
+        if let Err(cause) = self.end_dump(Verdict::Release) {
+            log::debug!("criu: {cause}");
+        }
+        let event = match self.container.thaw() {
+            Ok(()) => Event::RolledBack,
+            Err(cause) => Event::RollbackFailed { cause: causes(cause.as_ref()) },
+        };
+        self.take_leave(tell);
+        self.images = None;
+        self.report(News::Event(event));
+    }
+
+    /// Tells the target why, if it takes it in time, and ends the link.
+    fn take_leave(&mut self, tell: Option<&str>) {
+        let Some(Connected { bulk, breaker }) = self.link.take() else { return };
+        if let Some(detail) = tell.map(str::to_owned) {
+            let (told, done) = channel();
+            thread::spawn(move || {
+                bulk.send_always(&Message::Abort { detail: &detail }).ok();
+                told.send(()).ok();
+            });
+            // The loop of the receiving thread drains what the target still sends meanwhile.
+            done.recv_timeout(LAST_WORD_MAX).ok();
+        }
+        breaker.break_link();
+    }
+
+    pub(super) fn leave_frozen(&mut self) {
+        // Before CRIU is let go, so that no guard thaws what CRIU gives back frozen.
+        self.container.leave_frozen();
+        if let Err(cause) = self.end_dump(Verdict::Release) {
+            log::debug!("criu: {cause}");
+        }
+    }
+
+    pub(super) fn clean_up(&mut self) {
+        self.take_leave(None);
+        if let Err(cause) = self.origin.clean_up() {
+            log::warn!("something of the moved container is left here: {}", causes(cause.as_ref()));
+        }
+        self.report(News::Event(Event::CleanedUp));
+    }
+}
+
+fn send_pass(
+    copier: &mut Copier,
+    pass: Pass,
+    untraced: &BTreeSet<Vec<u8>>,
+    bulk: &BulkLink,
+    sent: &Sent,
+) -> Result<(), BulkError> {
+    let mut sender = RootfsSender::over(bulk);
+    let copied = copier.copy(pass, untraced, &mut sender);
+    sent.rootfs.fetch_add(sender.bytes, Ordering::Relaxed);
+    bulk.check()?;
+    Ok(copied?)
+}
+
+/// How often page files are looked at while CRIU writes.
+const GROWTH_POLL: Duration = Duration::from_micros(500);
+/// How long a last message may take in either direction.
+const LAST_WORD_MAX: Duration = Duration::from_millis(500);

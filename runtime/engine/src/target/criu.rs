@@ -1,0 +1,65 @@
+//! Restores a container of this host with CRIU.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use godwit_container::checkpoint::Decision;
+use godwit_container::restore::{Hold, RestoreOptions, restore};
+use godwit_container::{Store, lifecycle};
+
+use super::{Restorer, Word};
+use crate::Cause;
+
+/// Where and how a container is restored.
+///
+/// Standard input, output and error of this process become those of the container.
+#[derive(Debug, Clone)]
+pub struct CriuRestorer {
+    /// The state root.
+    pub store: Store,
+    /// The container's id.
+    pub id: String,
+    /// Directory with `config.json` and the mounted root file system.
+    pub bundle: PathBuf,
+    /// Directory for CRIU's log and scratch files.
+    pub work_path: PathBuf,
+    /// Where to write init's process id.
+    pub pid_file: Option<PathBuf>,
+    /// Unix socket that receives the terminal's master.
+    pub console_socket: Option<PathBuf>,
+    /// Whether systemd manages the cgroup.
+    pub systemd_cgroup: bool,
+}
+
+impl Restorer for CriuRestorer {
+    fn restore(&self, images: &Path, decide: impl FnOnce() -> Word) -> Result<i32, Cause> {
+        let options = RestoreOptions {
+            work_path: Some(self.work_path.clone()),
+            pid_file: self.pid_file.clone(),
+            console_socket: self.console_socket.clone(),
+            systemd_cgroup: self.systemd_cgroup,
+            hold: hold_for(images)?,
+            ..RestoreOptions::new(&self.bundle, images)
+        };
+        let stored = restore(&self.store, &self.id, &options, |_| match decide() {
+            Word::Resume => Decision::Commit,
+            Word::GiveUp => Decision::Rollback,
+        })?;
+        Ok(stored.pid().ok_or("the restored container has no init")?)
+    }
+
+    fn remove(&self) -> Result<(), Cause> {
+        Ok(lifecycle::delete(&self.store, &self.id, true)?)
+    }
+}
+
+/// With connections to keep, the network has to stay locked while the container is held, so that no packet is
+/// answered by a container that may yet be given up. Without, less is left to fail at the later point.
+fn hold_for(images: &Path) -> Result<Hold, Cause> {
+    for entry in fs::read_dir(images)? {
+        if entry?.file_name().to_string_lossy().starts_with("tcp-stream") {
+            return Ok(Hold::PostRestore);
+        }
+    }
+    Ok(Hold::PreResume)
+}
