@@ -115,6 +115,13 @@ fn assert_success(mut child: Child, log: &Path) {
     assert!(status.success(), "{status}: {errors:#?}");
 }
 
+/// What CRIU's own clock showed when it wrote a line with these words.
+fn moment(log: &Path, words: &str) -> String {
+    let text = String::from_utf8_lossy(&fs::read(log).unwrap()).into_owned();
+    let line = text.lines().find(|line| line.contains(words)).unwrap_or("(not found)");
+    line.split_whitespace().next().unwrap_or("").to_owned()
+}
+
 /// Why the test cannot run here.
 fn obstacle() -> Option<String> {
     if !nix::unistd::geteuid().is_root() {
@@ -215,6 +222,13 @@ fn move_away(pid: i32, cgroup: &Cgroup, images: &Path) -> (Arc<MemoryStore>, Pag
         collection.scan,
         begin.elapsed() - residue,
         supervisor.stop().unwrap()
+    );
+    let log = images.join("dump.log");
+    println!(
+        "criu's clock: seized {}, state dumped {}, tasks killed {}",
+        moment(&log, "Seized task"),
+        moment(&log, "Unseizing"),
+        moment(&log, "Dumping finished")
     );
     let bytes: u64 =
         fs::read_dir(images).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
