@@ -5,7 +5,10 @@
 
 use std::{
     collections::HashMap,
-    env, fs,
+    env,
+    ffi::OsString,
+    fs,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -172,6 +175,33 @@ pub(crate) fn read_pid(path: &Path) -> Result<i32> {
     let text = fs::read_to_string(path).map_err(ShimError::io(action()))?;
     let pid = text.trim().parse().ok().filter(|pid| *pid > 0);
     pid.ok_or_else(|| ShimError::io(action())(std::io::ErrorKind::InvalidData.into()))
+}
+
+/// Returns what tells the processes of this bundle from those of any other, for as long as it exists.
+///
+/// The path alone does not: another mount namespace, as that of a container which runs a containerd of its own, may
+/// have a bundle of the same path and still show its processes here.
+///
+/// # Errors
+/// Those of looking at the bundle: mostly that it does not exist.
+pub(crate) fn identity(bundle: &Path) -> Result<OsString> {
+    let metadata = fs::metadata(bundle).map_err(ShimError::io(format!("look at {}", bundle.display())))?;
+    let mut identity = OsString::from(format!("{}:{}:", metadata.dev(), metadata.ino()));
+    identity.push(bundle);
+    Ok(identity)
+}
+
+/// Returns the directory for a migration worker's logs and CRIU's, having made it.
+///
+/// It is in the bundle, which containerd keeps in memory, and not in its `work`, which is on disk: a migration
+/// writes nothing to storage.
+///
+/// # Errors
+/// Those of making a directory.
+pub(crate) fn make_migration_work(bundle: &Path) -> Result<PathBuf> {
+    let path = bundle.join("migration");
+    fs::create_dir_all(&path).map_err(ShimError::io(format!("make {}", path.display())))?;
+    Ok(path)
 }
 
 /// Notes that a migration's worker, and no longer the shim, decides what becomes of the container.

@@ -71,12 +71,15 @@ fn bundle_path(flags: &Flags) -> Result<PathBuf> {
 /// Kills every verb started for this bundle, with its children, and the migration's worker unless it has
 /// sent COMMIT.
 fn end_helpers(bundle: &Path) {
+    // A bundle is gone when its task was deleted in an orderly way, by a migration's worker for example, which is
+    // then busy with what else is to be removed.
+    let Ok(identity) = bundle::identity(bundle) else { return };
     let mut marks = vec![runtime::MARK];
     if !bundle::is_committing(bundle) {
         marks.push(worker::MARK);
     }
     let marks: Vec<Vec<u8>> =
-        marks.iter().map(|mark| [mark.as_bytes(), b"=", bundle.as_os_str().as_bytes()].concat()).collect();
+        marks.iter().map(|mark| [mark.as_bytes(), b"=", identity.as_bytes()].concat()).collect();
     let deadline = Instant::now() + DIE_LIMIT;
     loop {
         let marked = marked_processes(&marks);
@@ -137,8 +140,9 @@ mod tests {
     #[test]
     fn a_process_is_found_by_its_mark_until_it_has_ended() {
         let directory = tempfile::tempdir().unwrap();
-        let mut child = Command::new("sleep").arg("60").env(runtime::MARK, directory.path()).spawn().unwrap();
-        let mark = [runtime::MARK.as_bytes(), b"=", directory.path().as_os_str().as_bytes()].concat();
+        let identity = bundle::identity(directory.path()).unwrap();
+        let mut child = Command::new("sleep").arg("60").env(runtime::MARK, &identity).spawn().unwrap();
+        let mark = [runtime::MARK.as_bytes(), b"=", identity.as_bytes()].concat();
         // The environment is the parent's until exec.
         while marked_processes(std::slice::from_ref(&mark)).is_empty() {
             std::thread::yield_now();

@@ -25,6 +25,7 @@ use nix::sys::signal::Signal;
 use serde::Deserialize;
 
 use crate::{
+    bundle,
     error::{Result, ShimError},
     reaper::Reaper,
     verb::Verb,
@@ -149,7 +150,7 @@ impl Program {
         output: Option<&File>,
     ) -> Result<(i32, tokio::sync::oneshot::Receiver<crate::reaper::Exit>)> {
         let mut command = self.target.command(LOG_NAME);
-        command.env(MARK, &self.target.bundle);
+        command.env(MARK, bundle::identity(&self.target.bundle)?);
         let events = match &verb {
             Verb::MigrateTarget(target) => Some(target.events.as_raw_fd()),
             _ => None,

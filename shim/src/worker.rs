@@ -26,6 +26,7 @@ use tokio::{
 };
 
 use crate::{
+    bundle,
     error::{Result, ShimError},
     reaper::{Exit, Reaper},
     runtime::Target,
@@ -79,7 +80,7 @@ impl Worker {
         let (commands_reader, commands) = new_pipe()?;
         let output = output_file(&target.bundle)?;
         let mut command = target.command(LOG);
-        command.env(MARK, &target.bundle).process_group(0);
+        command.env(MARK, bundle::identity(&target.bundle)?).process_group(0);
         let number = command.inherit_fd(events_writer.into());
         arguments(&mut command, order, number);
         let duplicate = output.try_clone().map_err(ShimError::io("duplicate a descriptor"))?;

@@ -218,8 +218,7 @@ impl Container {
             binary: self.shared.worker.clone(),
             ..self.settings.record.target(&self.bundle, &self.id)
         };
-        let work = self.bundle.join("work");
-        std::fs::create_dir_all(&work).map_err(ShimError::io(format!("make {}", work.display())))?;
+        let work = bundle::make_migration_work(&self.bundle)?;
         let order = Order {
             target: &target,
             namespace: &self.shared.namespace,

@@ -9,6 +9,7 @@ use std::{
 
 use super::{Container, create::CreateRequest};
 use crate::{
+    bundle,
     error::{Result, ShimError},
     verb::{MigrateTarget, Restore, Verb},
 };
@@ -84,21 +85,23 @@ impl Container {
         console: Option<PathBuf>,
     ) -> Result<Verb> {
         let settings = &self.settings;
-        fs::create_dir_all(&settings.work)
-            .map_err(ShimError::io(format!("make {}", settings.work.display())))?;
         Ok(match image {
-            Image::Directory { path, parent } => Verb::Restore(Restore {
-                image: path.clone(),
-                work: settings.work.clone(),
-                parent: parent.clone(),
-                bundle: self.bundle.clone(),
-                pid_file: pid_file.to_owned(),
-                console,
-                no_pivot: settings.no_pivot,
-            }),
+            Image::Directory { path, parent } => {
+                let work = settings.work.clone();
+                fs::create_dir_all(&work).map_err(ShimError::io(format!("make {}", work.display())))?;
+                Verb::Restore(Restore {
+                    image: path.clone(),
+                    work,
+                    parent: parent.clone(),
+                    bundle: self.bundle.clone(),
+                    pid_file: pid_file.to_owned(),
+                    console,
+                    no_pivot: settings.no_pivot,
+                })
+            }
             Image::Incoming(incoming) => Verb::MigrateTarget(MigrateTarget {
                 incoming: incoming.clone(),
-                work: settings.work.clone(),
+                work: bundle::make_migration_work(&self.bundle)?,
                 bundle: self.bundle.clone(),
                 pid_file: pid_file.to_owned(),
                 console,
