@@ -21,6 +21,7 @@ pub mod machine;
 pub(crate) mod mountinfo;
 pub(crate) mod paths;
 pub mod preflight;
+pub(crate) mod scratch;
 
 use std::fs::DirBuilder;
 use std::io::ErrorKind;
@@ -87,6 +88,16 @@ impl CheckpointOptions {
         }
     }
 
+    /// Makes the paths independent of the working directory, which starting CRIU changes.
+    fn absolute(&self) -> Result<Self> {
+        let absolute = |path: &Path| std::path::absolute(path).map_err(CheckpointError::file(path));
+        Ok(Self {
+            image_path: absolute(&self.image_path)?,
+            work_path: self.work_path.as_deref().map(absolute).transpose()?,
+            ..self.clone()
+        })
+    }
+
     fn work_path(&self) -> &Path {
         self.work_path.as_deref().unwrap_or(&self.image_path)
     }
@@ -129,10 +140,12 @@ impl Dump {
         let (Status::Running | Status::Paused, Some(pid)) = (status, stored.pid()) else {
             return Err(CheckpointError::Status { status });
         };
+        let options = &options.absolute()?;
         make_directory(&options.image_path)?;
         make_directory(options.work_path())?;
         check_parent(options)?;
-        let mut session = Session::start(program, Setup::new())?;
+        let used = [options.image_path.as_path(), options.work_path(), stored.rootfs()];
+        let mut session = scratch::start(program, Setup::new(), &used)?;
         if options.pre_dump && !session.features()?.memory_tracking {
             return Err(CheckpointError::PreDumpUnsupported);
         }

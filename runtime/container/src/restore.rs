@@ -45,7 +45,7 @@ use libcontainer::oci_spec::runtime::{Hook, LinuxNamespaceType, Spec};
 
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::external::{self, EMPTY_NAMESPACES};
-use crate::checkpoint::{CgroupsMode, Decision, descriptors, make_directory, path_text};
+use crate::checkpoint::{CgroupsMode, Decision, descriptors, make_directory, path_text, scratch};
 use crate::error::{ContainerError, causes};
 use crate::state::{Store, Stored, read_json};
 use crate::{cgroup, create, lifecycle};
@@ -196,6 +196,7 @@ impl Plan {
         let mut setup = Setup::new();
         let inherited = self.inherit(&mut setup)?;
         let program = Program::find()?;
+        scratch::cover(&self.used())?;
         let mut session = Session::start(&program, setup)?;
         let cgroups = cgroups::join(&self.spec, &container, &self.directory, session.pid())?;
         let request = self.request(root.path(), inherited, &cgroups)?;
@@ -230,6 +231,17 @@ impl Plan {
             create::write_pid(self.options.pid_file.as_deref(), pid)?;
         }
         Ok(stored)
+    }
+
+    /// Returns the paths that are to be reached while CRIU works.
+    fn used(&self) -> Vec<&Path> {
+        let options = &self.options;
+        let mut used: Vec<&Path> = vec![&self.bundle, &self.rootfs, &self.work_path, &options.image_path];
+        used.extend(options.pid_file.as_deref());
+        used.extend(options.console_socket.as_deref());
+        let mounts = self.spec.mounts().iter().flatten();
+        used.extend(mounts.filter_map(|mount| mount.source().as_deref()));
+        used
     }
 
     fn container(&self) -> Result<Container> {

@@ -1,6 +1,6 @@
 //! Checkpoint: an image in a directory, or a migration if that is what the path asks for.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{fs, path::Path, sync::Arc, time::SystemTime};
 
 use containerd_shim_protos::events::task::TaskCheckpointed;
 use godwit_protocol::MigrationRequest;
@@ -26,7 +26,10 @@ impl Container {
         // `path` is what containerd made of the option, or an empty directory of its own: see `options`.
         let asked = [&options.image_path, &path].into_iter().find(|text| MigrationRequest::is_request(text));
         match asked.map(|text| text.parse::<MigrationRequest>()) {
-            Some(Ok(request)) => self.migrate(request, reply).await,
+            Some(Ok(request)) => {
+                leave_a_note(Path::new(&path), &request);
+                self.migrate(request, reply).await;
+            }
             Some(Err(error)) => answer(reply, Err(error.into())),
             None => answer(reply, self.checkpoint_to(&path, options).await),
         }
@@ -82,5 +85,19 @@ impl Container {
             // CRIU was never reached.
             Err(_) => ShimError::Runtime { verb, message },
         }
+    }
+}
+
+/// Puts something unique into the directory that containerd will store as the checkpoint's content.
+///
+/// Where containerd does not take the request for a path, it makes an empty directory and archives it into its
+/// content store when the migration is over; a second empty one has the same digest, and would be an error.
+fn leave_a_note(path: &Path, request: &MigrationRequest) {
+    let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let note = format!("{request} asked for at {} ns\n", since_epoch.as_nanos());
+    if path.is_dir()
+        && let Err(error) = fs::write(path.join("migrated"), note)
+    {
+        log::warn!("failed to leave a note in {}: {error}", path.display());
     }
 }

@@ -14,7 +14,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use clap::Args;
-use godwit_container::Store;
+use godwit_container::checkpoint::preflight::blockers;
+use godwit_container::{Store, Stored};
+use godwit_criu::{Program, Session, Setup};
 use godwit_engine::Cause;
 use godwit_engine::source::{self, Blob, CriuCheckpointer, Order, Origin};
 use godwit_node::Source;
@@ -89,12 +91,13 @@ impl MigrateSource {
         store: &Store,
         migration: MigrationId,
     ) -> std::result::Result<(Arc<dyn Origin>, CriuCheckpointer), Cause> {
+        let stored = store.open(&self.id)?;
         let origin = NodeOrigin {
             source: Source::open(&self.containerd, &self.namespace, &self.id)?,
             request: self.to.clone(),
             migration,
+            stored: stored.clone(),
         };
-        let stored = store.open(&self.id)?;
         let work_path = self.work_path.clone();
         let container = if self.resolve {
             CriuCheckpointer::adopt(stored, work_path)?
@@ -121,10 +124,12 @@ struct NodeOrigin {
     source: Source,
     request: MigrationRequest,
     migration: MigrationId,
+    stored: Stored,
 }
 
 impl Origin for NodeOrigin {
     fn offer(&self) -> std::result::Result<Offer, Cause> {
+        refuse_what_cannot_move(&self.stored)?;
         Ok(self.source.offer(&self.request, self.migration.clone())?)
     }
 
@@ -135,6 +140,19 @@ impl Origin for NodeOrigin {
     fn clean_up(&self) -> std::result::Result<(), Cause> {
         Ok(self.source.clean_up(self.request.keep)?)
     }
+}
+
+/// Names everything about the container that would fail its dump, or would be lost by it.
+///
+/// A process that `exec` brought in is lost: it is no child of init, and CRIU takes init's tree alone.
+fn refuse_what_cannot_move(stored: &Stored) -> std::result::Result<(), Cause> {
+    let version = Session::start(&Program::find()?, Setup::new())?.version();
+    let blockers = blockers(stored, version)?;
+    if blockers.is_empty() {
+        return Ok(());
+    }
+    let texts: Vec<String> = blockers.iter().map(ToString::to_string).collect();
+    Err(texts.join("; ").into())
 }
 
 #[derive(Debug)]

@@ -133,7 +133,7 @@ impl fmt::Display for Blocker {
                  stop what made it (a container in the container, a sandbox)"
             ),
             Self::Visitor { pid, name } => {
-                write!(out, "process {pid} ({name}) was exec'd into the container and will not come along")
+                write!(out, "process {pid} ({name}) came by exec and would not come along; let it end first")
             }
         }
     }
