@@ -112,7 +112,9 @@ impl Migrate {
         let (answer, ended) = follow(&shim, &asked, &interrupted, migration, progress);
         let outcome = match (ended, answer) {
             (Some(Ended::Well { report }), _) => Outcome::Moved(report),
-            (Some(Ended::Badly { failure }), _) => Outcome::Failed(failure),
+            (Some(Ended::Badly { failure }), _) => {
+                Outcome::Failed { failure, cancelled: interrupted.load(Ordering::Relaxed) }
+            }
             (None, answer) => self.without_the_shims_word(&source, answer),
         };
         if matches!(outcome, Outcome::Moved(_)) && !self.dry_run {

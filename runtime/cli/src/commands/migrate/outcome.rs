@@ -15,7 +15,12 @@ pub(super) enum Outcome {
     /// As asked.
     Moved(Box<Report>),
     /// The shim says that it failed.
-    Failed(Failure),
+    Failed {
+        /// How, and where the container is.
+        failure: Failure,
+        /// Whether the user had given up, so that nothing is in the way of another attempt.
+        cancelled: bool,
+    },
     /// It failed without the shim's word.
     Stopped(Stopped),
 }
@@ -85,7 +90,7 @@ impl Outcome {
         let (fate, side, phase, cause) = match self {
             Self::Moved(report) if json => return print_json(report),
             Self::Moved(report) => return print_line(&text(report, &request.host)),
-            Self::Failed(failure) => (Some(failure.fate), failure.side, failure.phase, &failure.cause),
+            Self::Failed { failure, .. } => (Some(failure.fate), failure.side, failure.phase, &failure.cause),
             Self::Stopped(stopped) => (stopped.fate, stopped.side, stopped.phase, &stopped.cause),
         };
         if json {
@@ -94,7 +99,7 @@ impl Outcome {
             return print_json(&FailureObject { id, migration, mode, outcome: "failed", fate, error });
         }
         match self {
-            Self::Failed(failure) => eprintln!("godwit: {failure}"),
+            Self::Failed { failure, .. } => eprintln!("godwit: {failure}"),
             _ => match fate {
                 Some(fate) => eprintln!("godwit: {cause}; {fate}"),
                 None => eprintln!("godwit: {cause}"),
@@ -107,7 +112,9 @@ impl Outcome {
     pub(super) fn exit_code(&self) -> u8 {
         let (fate, refused) = match self {
             Self::Moved(_) => return MOVED,
-            Self::Failed(failure) => (Some(failure.fate), failure.phase == Phase::Negotiating),
+            Self::Failed { failure, cancelled } => {
+                (Some(failure.fate), failure.phase == Phase::Negotiating && !cancelled)
+            }
             Self::Stopped(stopped) => (stopped.fate, stopped.refused),
         };
         match fate {
@@ -157,7 +164,12 @@ mod tests {
     use super::*;
 
     fn failed(phase: Phase, fate: Fate) -> u8 {
-        Outcome::Failed(Failure { side: Side::Target, phase, fate, cause: String::new() }).exit_code()
+        exit_code(phase, fate, false)
+    }
+
+    fn exit_code(phase: Phase, fate: Fate, cancelled: bool) -> u8 {
+        let failure = Failure { side: Side::Target, phase, fate, cause: String::new() };
+        Outcome::Failed { failure, cancelled }.exit_code()
     }
 
     #[test]
@@ -167,6 +179,7 @@ mod tests {
         assert_eq!(failed(Phase::Restoring, Fate::RunningOnSource), 1);
         assert_eq!(failed(Phase::Committing, Fate::Unknown), 3);
         assert_eq!(failed(Phase::Committing, Fate::Lost), 3);
+        assert_eq!(exit_code(Phase::Negotiating, Fate::RunningOnSource, true), 1);
         let refused = Stopped::refused(None, String::new());
         assert_eq!(Outcome::Stopped(refused).exit_code(), 4);
         let stopped = Stopped::before(String::new());

@@ -36,7 +36,8 @@ impl Progress {
         match self {
             Self::Silent => {}
             Self::Lines { shown } => {
-                if *shown != Some(snapshot.phase) {
+                // Its end is told by what is printed after it.
+                if *shown != Some(snapshot.phase) && snapshot.ended.is_none() {
                     *shown = Some(snapshot.phase);
                     eprintln!("{}: {}", words(snapshot.phase), figures(snapshot));
                 }
@@ -101,7 +102,8 @@ fn figures(snapshot: &Snapshot) -> String {
     }
     if rate_bytes_per_s > 0 {
         text = format!("{text}, {}/s", bytes(rate_bytes_per_s));
-        if expected_bytes > sent_bytes {
+        // What the rate is at the beginning says nothing about the rest.
+        if expected_bytes > sent_bytes && sent_bytes >= expected_bytes / 20 {
             let left_s = (expected_bytes - sent_bytes).div_ceil(rate_bytes_per_s);
             text = format!("{text}, {left_s} s left");
         }
