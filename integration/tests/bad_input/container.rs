@@ -4,7 +4,7 @@ use godwit_integration::case;
 use godwit_integration::suite::options::CheckpointOptions;
 use godwit_integration::suite::{Answer, Case, Container, Outcome, Runtime, Stage, await_that};
 
-use super::claim::{assert_counts_on, assert_says, assert_untouched, counter};
+use super::claim::{COUNTER, assert_counts_on, assert_says, assert_untouched, counter};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -114,9 +114,16 @@ fn second_migration_of_the_same_container_is_refused(stage: &Stage) -> Outcome {
 
 /// Without CAP_SYS_RESOURCE, CRIU cannot read the limits of a process of another user.
 fn process_of_another_user_is_named_where_it_cannot_be_dumped(stage: &Stage) -> Outcome {
-    let (container, pid) = counter(stage, "users")?;
-    let exec = container.start_exec(&["--user", "33"], &["sleep", "1001"])?;
-    await_that("both run", || stage.a.rpc.pids(container.id()).is_ok_and(|pids| pids.len() >= 3))?;
+    let script = format!("su -s /bin/sh www-data -c 'sleep 1000000' & {}", COUNTER[2]);
+    let container = stage.a.plan("users").run(&["sh", "-c", &script])?;
+    let pid = container.pid()?;
+    await_that("a process of the other user runs", || {
+        let is_theirs = |pid: &u32| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            status.contains("\nUid:\t33\t")
+        };
+        stage.a.rpc.pids(container.id()).is_ok_and(|pids| pids.iter().any(is_theirs))
+    })?;
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default();
@@ -127,9 +134,7 @@ fn process_of_another_user_is_named_where_it_cannot_be_dumped(stage: &Stage) -> 
         assert_eq!(answer.code, 4);
         assert_says(answer, &["CAP_SYS_RESOURCE", "33"])?;
     }
-    assert_counts_on(stage, &container, pid)?;
-    exec.kill();
-    Ok(())
+    assert_counts_on(stage, &container, pid)
 }
 
 const CAP_SYS_RESOURCE: u32 = 24;
