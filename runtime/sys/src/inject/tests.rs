@@ -256,7 +256,15 @@ fn a_task_that_cannot_be_injected_is_named_and_left_alone() {
         done.wait();
         assert!(matches!(answer, Err(InjectError::Traced { by, .. }) if by == own), "{answer:?}");
     });
+    // A tracer lets go when its thread is gone, and that is after the scope has ended.
+    while !tracer_is_gone(traced.0) {
+        std::thread::yield_now();
+    }
     assert_works(&userfaultfd(traced.0, LIMIT).unwrap());
+}
+
+fn tracer_is_gone(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap().contains("TracerPid:\t0\n")
 }
 
 #[test]
