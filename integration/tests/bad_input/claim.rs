@@ -3,8 +3,11 @@
 use godwit_integration::suite::{Answer, Container, Outcome, Stage, Trouble, await_that};
 
 /// A container that counts where it can be read from outside.
-pub(super) const COUNTER: [&str; 3] =
-    ["sh", "-c", "i=0; while :; do i=$((i+1)); echo $i >/tmp/count; usleep 1000; done"];
+pub(super) const COUNTER: [&str; 3] = [
+    "sh",
+    "-c",
+    "i=0; while :; do i=$((i+1)); echo $i >/tmp/next; mv /tmp/next /tmp/count; usleep 1000; done",
+];
 
 /// Claims that an answer is a failure that left the container running, and that its text has all of `words` in it.
 pub(super) fn assert_says(answer: Answer, words: &[&str]) -> Outcome {

@@ -50,7 +50,7 @@ fn report_for_people_names_downtime_and_pages(stage: &Stage) -> Outcome {
     for word in [container.id(), "down", "pages", "ms"] {
         assert!(text.contains(word), "{word} is not in {text}");
     }
-    moved.assert_runs()
+    moved.await_state(Status::Running)
 }
 
 fn dry_run_finds_nothing_in_the_way_and_moves_nothing(stage: &Stage) -> Outcome {
@@ -66,7 +66,7 @@ fn keep_leaves_the_stopped_record_on_the_source(stage: &Stage) -> Outcome {
     let container = stage.a.plan("keep").run(&TICKER)?;
     let moved = Container::adopt(&stage.b, container.id());
     stage.a.migrate(container.id(), "node-b", &["--keep"])?.moved()?;
-    moved.assert_runs()?;
+    moved.await_state(Status::Running)?;
     assert_eq!(container.state()?, None);
     assert!(container.is_recorded()?);
     let snapshots = stage.a.ctr(&["snapshots", "list"])?;
@@ -84,7 +84,7 @@ fn ctr_moves_a_container_by_a_checkpoint_path(stage: &Stage) -> Outcome {
     let moved = Container::adopt(&stage.b, container.id());
     let uri = "godwit://node-b:7450?mode=native";
     stage.a.ctr(&["tasks", "checkpoint", "--image-path", uri, container.id()])?;
-    moved.assert_runs()?;
+    moved.await_state(Status::Running)?;
     await_ticks_past(&moved, before)?;
     container.await_gone()?;
     assert_usable(&moved)
@@ -96,7 +96,7 @@ fn checkpoint_call_of_containerd_moves_a_container(stage: &Stage) -> Outcome {
     let moved = Container::adopt(&stage.b, container.id());
     let options = CheckpointOptions { image_path: "godwit://node-b".to_owned(), ..Default::default() };
     stage.a.rpc.checkpoint(container.id(), Some(options.to_any()))?;
-    moved.assert_runs()?;
+    moved.await_state(Status::Running)?;
     await_ticks_past(&moved, before)?;
     container.await_gone()
 }
