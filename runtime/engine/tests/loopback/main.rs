@@ -9,6 +9,7 @@
 #![expect(clippy::unwrap_used, reason = "a test world that cannot be set up ends the test")]
 
 mod pretend;
+mod restore;
 mod world;
 
 use godwit_protocol::failure::{Fate, Side};
@@ -17,7 +18,7 @@ use godwit_protocol::report::Outcome;
 use godwit_protocol::source::End;
 use godwit_protocol::worker::Event;
 
-use crate::pretend::Tasks;
+use crate::pretend::{LAST_FILE, Tasks};
 use crate::world::{Direction, Plan, World};
 
 fn may_run() -> bool {
@@ -38,7 +39,7 @@ fn a_container_moves_with_its_files_and_pages() {
     assert!(matches!(end, End::Migrated(_)), "{end:?}");
     assert_eq!(world.tasks(), (Tasks::Gone, Tasks::Running));
     assert_eq!(world.file_on_target("live"), b"written before");
-    assert_eq!(world.file_on_target("final"), b"written between the passes");
+    assert_eq!(world.file_on_target("final"), LAST_FILE);
     assert!(world.pages_match());
     assert!(world.cleaned_up());
 

@@ -1,14 +1,13 @@
-//! A container that is a value, with a CRIU that writes and reads files.
+//! A container that is a value, with a CRIU that writes files.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use godwit_engine::Cause;
 use godwit_engine::source::{Checkpointer, Dumping, Verdict};
-use godwit_engine::target::{Restorer, Word};
 
 /// How the tasks of one side are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,17 +25,18 @@ pub(crate) struct Side {
 }
 
 impl Side {
-    pub(crate) fn pair() -> (Self, Self) {
-        let both = Arc::new(Mutex::new([Tasks::Running, Tasks::Gone]));
+    /// Two sides that start with these tasks.
+    pub(crate) fn pair(tasks: [Tasks; 2]) -> (Self, Self) {
+        let both = Arc::new(Mutex::new(tasks));
         (Self { both: Arc::clone(&both), index: 0 }, Self { both, index: 1 })
     }
 
     pub(crate) fn get(&self) -> Tasks {
-        self.both.lock().unwrap()[self.index]
+        self.both.lock().expect("no thread panicked")[self.index]
     }
 
     pub(crate) fn set(&self, tasks: Tasks) {
-        let mut both = self.both.lock().unwrap();
+        let mut both = self.both.lock().expect("no thread panicked");
         both[self.index] = tasks;
         assert_ne!(*both, [Tasks::Running, Tasks::Running], "both sides run");
         assert_ne!(*both, [Tasks::Gone, Tasks::Gone], "neither side has it");
@@ -50,17 +50,22 @@ pub(crate) fn pages() -> Vec<u8> {
 
 #[derive(Debug)]
 pub(crate) struct PretendedCheckpointer {
-    pub(crate) tasks: Side,
-    pub(crate) fails: bool,
-    /// Runs between the passes, when the container is about to freeze.
-    pub(crate) before_freeze: fn(&Path),
-    pub(crate) rootfs: std::path::PathBuf,
-    pub(crate) thaws: bool,
+    tasks: Side,
+    fails: bool,
+    /// Where the container writes a last file before it is frozen.
+    rootfs: PathBuf,
+    thaws: bool,
+}
+
+impl PretendedCheckpointer {
+    pub(crate) fn new(tasks: Side, rootfs: PathBuf, fails: bool) -> Self {
+        Self { thaws: tasks.get() == Tasks::Stopped, tasks, fails, rootfs }
+    }
 }
 
 #[derive(Debug)]
 pub(crate) struct PretendedDump {
-    images: std::path::PathBuf,
+    images: PathBuf,
     tasks: Side,
     fails: bool,
 }
@@ -73,7 +78,7 @@ impl Checkpointer for PretendedCheckpointer {
     }
 
     fn freeze(&mut self) -> Result<(), Cause> {
-        (self.before_freeze)(&self.rootfs);
+        fs::write(self.rootfs.join("final"), LAST_FILE)?;
         self.tasks.set(Tasks::Stopped);
         self.thaws = true;
         Ok(())
@@ -126,33 +131,5 @@ impl Dumping for PretendedDump {
     }
 }
 
-#[derive(Debug, Clone)]
-pub(crate) struct PretendedRestorer {
-    pub(crate) tasks: Side,
-    pub(crate) fails: bool,
-    pub(crate) got: Arc<Mutex<Vec<u8>>>,
-}
-
-impl Restorer for PretendedRestorer {
-    fn restore(&self, images: &Path, decide: impl FnOnce() -> Word) -> Result<i32, Cause> {
-        *self.got.lock().unwrap() = fs::read(images.join("pages-1.img"))?;
-        assert_eq!(fs::read(images.join("inventory.img"))?, b"inventory");
-        if self.fails {
-            return Err("a pretended restore failed".into());
-        }
-        self.tasks.set(Tasks::Stopped);
-        match decide() {
-            Word::Resume => self.tasks.set(Tasks::Running),
-            Word::GiveUp => {
-                self.tasks.set(Tasks::Gone);
-                return Err("it was given up".into());
-            }
-        }
-        Ok(4711)
-    }
-
-    fn remove(&self) -> Result<(), Cause> {
-        self.tasks.set(Tasks::Gone);
-        Ok(())
-    }
-}
+/// What the container writes between the passes.
+pub(crate) const LAST_FILE: &[u8] = b"written between the passes";

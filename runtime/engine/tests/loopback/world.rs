@@ -24,7 +24,8 @@ use godwit_protocol::wire::{Message, Reject, RejectCode};
 use godwit_protocol::worker::{Command, Event};
 use godwit_protocol::{Failure, MigrationRequest, Mode, Phase, Report, offer};
 
-use crate::pretend::{PretendedCheckpointer, PretendedRestorer, Side, Tasks, pages};
+use crate::pretend::{LAST_FILE, PretendedCheckpointer, Side, Tasks, pages};
+use crate::restore::PretendedRestorer;
 
 /// Which way bytes go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,7 +65,7 @@ impl World {
             fs::create_dir(directory.path().join(name)).unwrap();
         }
         fs::write(directory.path().join("source/live"), "written before").unwrap();
-        let sides = Side::pair();
+        let sides = Side::pair([Tasks::Running, Tasks::Gone]);
         let got = Arc::default();
         let workers = Arc::default();
         let agent = Agent {
@@ -101,13 +102,7 @@ impl World {
             migration: "m".to_owned().try_into().unwrap(),
             rootfs: rootfs.clone(),
         };
-        let container = PretendedCheckpointer {
-            tasks: self.sides.0.clone(),
-            fails: self.plan.dump_fails,
-            before_freeze: |rootfs| fs::write(rootfs.join("final"), "written between the passes").unwrap(),
-            rootfs,
-            thaws: false,
-        };
+        let container = PretendedCheckpointer::new(self.sides.0.clone(), rootfs, self.plan.dump_fails);
         let origin = PretendedOrigin { dry_run: self.plan.dry_run, cleaned_up: Arc::clone(&self.cleaned_up) };
         let (give, commands) = channel();
         let (plan, events) = (self.plan, &mut self.events);
@@ -141,7 +136,7 @@ impl World {
         assert_eq!(self.cleaned_up(), fate == Fate::RunningOnTarget);
         if fate == Fate::RunningOnTarget {
             assert!(self.pages_match());
-            assert_eq!(self.file_on_target("final"), b"written between the passes");
+            assert_eq!(self.file_on_target("final"), LAST_FILE);
         }
     }
 
@@ -297,7 +292,7 @@ fn proxy(port: u16, cut: Option<(Direction, u64)>, counts: Arc<[AtomicU64; 2]>) 
                         if index == 0 {
                             counts[at].fetch_add(count, Ordering::Relaxed);
                         }
-                    })
+                    });
                 });
             }
         }

@@ -1,0 +1,41 @@
+//! A CRIU that reads files.
+
+use std::fs;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use godwit_engine::Cause;
+use godwit_engine::target::{Restorer, Word};
+
+use crate::pretend::{Side, Tasks};
+
+#[derive(Debug, Clone)]
+pub(crate) struct PretendedRestorer {
+    pub(crate) tasks: Side,
+    pub(crate) fails: bool,
+    pub(crate) got: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Restorer for PretendedRestorer {
+    fn restore(&self, images: &Path, decide: impl FnOnce() -> Word) -> Result<i32, Cause> {
+        *self.got.lock().expect("no thread panicked") = fs::read(images.join("pages-1.img"))?;
+        assert_eq!(fs::read(images.join("inventory.img"))?, b"inventory");
+        if self.fails {
+            return Err("a pretended restore failed".into());
+        }
+        self.tasks.set(Tasks::Stopped);
+        match decide() {
+            Word::Resume => self.tasks.set(Tasks::Running),
+            Word::GiveUp => {
+                self.tasks.set(Tasks::Gone);
+                return Err("it was given up".into());
+            }
+        }
+        Ok(4711)
+    }
+
+    fn remove(&self) -> Result<(), Cause> {
+        self.tasks.set(Tasks::Gone);
+        Ok(())
+    }
+}
