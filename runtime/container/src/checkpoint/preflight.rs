@@ -158,7 +158,11 @@ pub fn blockers(stored: &Stored, criu: Version) -> Result<Vec<Blocker>> {
         if family.contains(&pid) {
             context.look_at(pid, &mut found);
         } else {
-            found.push(Blocker::Visitor { pid, name: name(pid) });
+            // One without a name has ended since it was listed; its parent may be in the family all the same.
+            let name = name(pid);
+            if !name.is_empty() {
+                found.push(Blocker::Visitor { pid, name });
+            }
         }
     }
     Ok(found)

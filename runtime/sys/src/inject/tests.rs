@@ -264,7 +264,7 @@ fn a_task_that_cannot_be_injected_is_named_and_left_alone() {
 }
 
 fn tracer_is_gone(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap().contains("TracerPid:\t0\n")
+    fs::read_to_string(format!("/proc/{pid}/status")).unwrap().contains("TracerPid:\t0\n")
 }
 
 #[test]
