@@ -72,7 +72,7 @@ mod tests {
     #[test]
     fn files_live_in_it_up_to_its_size_and_nobody_else_sees_them() {
         if !nix::unistd::geteuid().is_root() {
-            println!("SKIP needs root");
+            println!("SKIP: needs root");
             return;
         }
         let before = std::fs::read("/proc/self/mounts").unwrap();
