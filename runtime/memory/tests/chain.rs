@@ -152,8 +152,9 @@ fn a_program_moves_with_its_memory_outside_criu() {
         .spawn()
         .unwrap();
     let pid = i32::try_from(child.id()).unwrap();
-    let _reaper = Reaper(pid);
+    // Dropped last: a cgroup can be removed once nothing lives in it.
     let cgroup = Cgroup::new(pid);
+    let _reaper = Reaper(pid);
     wait_passes(&path, 1);
 
     let (store, plan) = move_away(pid, &cgroup, directory.path());
