@@ -115,6 +115,75 @@ pub struct Pages {
     pub normal: u64,
     /// Pages known to be zero, for which no content was sent.
     pub zero: u64,
+    /// Pages that were sent after the freeze and had come before, unwritten since. 0 unless something is wrong.
+    #[serde(default)]
+    pub duplicate: u64,
+}
+
+/// One round of pre-copy.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Round {
+    /// Its number, from 0; the first sends everything.
+    pub round: u32,
+    /// Pages that had to be sent.
+    pub dirty_pages: u64,
+    /// Pages sent with their contents.
+    pub sent_pages: u64,
+    /// Pages found to hold only zeros.
+    pub zero_pages: u64,
+    /// Bytes of contents sent.
+    pub bytes: u64,
+    /// From the scan until the target had all of it, in milliseconds.
+    pub duration_ms: f64,
+    /// Pages written a second while the round before ran.
+    pub dirty_pages_per_s: f64,
+    /// Bytes of contents that the target had a second.
+    pub bytes_per_s: f64,
+    /// Downtime to be expected of a switchover after this round, in milliseconds.
+    pub expected_downtime_ms: f64,
+}
+
+/// What the restored tasks waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Faults {
+    /// Faults whose page had to be fetched from the source.
+    pub network: u64,
+    /// Faults whose page was at the target already.
+    pub local: u64,
+    /// Half of the faults were answered within so many microseconds.
+    pub p50_us: u64,
+    /// All but one in a hundred were answered within so many microseconds.
+    pub p99_us: u64,
+    /// The longest, in microseconds.
+    pub max_us: u64,
+    /// Time that all threads together waited for pages, in microseconds.
+    pub blocked_us: u64,
+    /// Time that the thread that waited longest waited in all, in microseconds.
+    pub blocked_max_us: u64,
+}
+
+/// What the target's worker says when every page is in its task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct TargetMemory {
+    /// What the tasks waited for.
+    pub faults: Faults,
+    /// Most memory that pages on their way took beside the container's own, in bytes.
+    pub peak_bytes: u64,
+    /// Pages that came although they had come before.
+    pub duplicate_pages: u64,
+    /// Processor time of the worker and its CRIU so far, in microseconds.
+    pub cpu_us: u64,
+    /// Bytes that they caused to be written to storage so far.
+    pub disk_bytes_written: u64,
+}
+
+/// Most memory that a migration took beside the container's own, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct PeakBytes {
+    /// Source worker.
+    pub source: u64,
+    /// Target worker.
+    pub target: u64,
 }
 
 /// Bytes sent by the source.
@@ -166,6 +235,27 @@ pub struct Report {
     pub disk_bytes_written: u64,
     /// Processor time on both sides.
     pub cpu_s: CpuSeconds,
+    /// From the target's report that the container runs until every page was in its task, in milliseconds.
+    #[serde(default)]
+    pub fill_ms: f64,
+    /// The rounds of pre-copy, in order.
+    #[serde(default)]
+    pub rounds: Vec<Round>,
+    /// Downtime that was expected when the switchover was decided, in milliseconds; none without rounds.
+    #[serde(default)]
+    pub expected_downtime_ms: Option<f64>,
+    /// What the restored tasks waited for.
+    #[serde(default)]
+    pub faults: Faults,
+    /// Memory that the migration took.
+    #[serde(default)]
+    pub peak_memory_bytes: PeakBytes,
+    /// Connections that carried pages beside the main link; 0 when CRIU moved them in its images.
+    #[serde(default)]
+    pub streams: u8,
+    /// What was done otherwise than asked or than it could be best, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 #[cfg(test)]

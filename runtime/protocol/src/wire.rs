@@ -19,11 +19,13 @@ mod codec;
 pub mod frame;
 pub mod hello;
 pub mod message;
+pub mod pages;
 mod payload;
 
 pub use frame::{FRAME_HEADER_LEN, FrameHeader};
 pub use hello::{HELLO_LEN, Hello, Negotiated, VERSION};
 pub use message::{Kind, Message, Reject, RejectCode};
+pub use pages::{Run, StreamId};
 
 /// Bytes from the peer that are not what the protocol allows there.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

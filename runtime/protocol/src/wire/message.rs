@@ -9,6 +9,14 @@
 //! source → target worker  (ImageFile ImageData…)… StateEnd                    Commit
 //! target worker → source                                   Received  Restored          Resumed
 //! either way              Abort
+//!
+//! When the pages are godwit's own, beside the main link:
+//! source → agent          JoinStream                (first frame of every page stream)
+//! source → target worker  (Pages | ZeroPages | AbsentPages)… StreamMark       (bulk streams, round by round)
+//! target worker → source                                     RoundReceived    (main link)
+//! source → target worker  MemoryPlan…               (main link, in the freeze, before StateEnd)
+//! target worker → source  PageRequest…              (fault stream)            MemoryComplete (main link)
+//!
 //! source → agent          FateQuery                 (first frame of a connection of its own)
 //! agent → source                     FateAnswer
 //! ```
@@ -17,6 +25,10 @@
 
 use super::WireError;
 use super::codec::{Reader, Writer};
+use super::pages::{
+    RUNS_LEN_MAX, Run, StreamId, put_runs, put_space, put_stream, take_contents, take_run, take_runs,
+    take_space, take_stream,
+};
 use super::payload::{
     DIGEST_LEN_MAX, fate_code, pass_code, put_entry, put_json, put_manifest, shortened, take_data,
     take_entry, take_fate, take_image_name, take_json, take_layer, take_manifest, take_migration, take_pass,
@@ -24,6 +36,7 @@ use super::payload::{
 };
 use crate::fate::FateAnswer;
 use crate::offer::{Accept, Offer};
+use crate::report::TargetMemory;
 use crate::request::MigrationId;
 use crate::rootfs::{Entry, Layer, Pass};
 
@@ -80,6 +93,7 @@ const SMALL: u32 = 64;
 const TEXT: u32 = 8 << 10;
 const JSON: u32 = 8 << 20;
 const DATA: u32 = (1 << 20) + 64;
+const PAGES: u32 = (1 << 20) + RUNS_LEN_MAX;
 
 kinds! {
     /// [`Message::Offer`].
@@ -130,6 +144,24 @@ kinds! {
     FateQuery = 0x40, TEXT;
     /// [`Message::FateAnswer`].
     FateAnswer = 0x41, SMALL;
+    /// [`Message::JoinStream`].
+    JoinStream = 0x42, TEXT;
+    /// [`Message::Pages`].
+    Pages = 0x50, PAGES;
+    /// [`Message::ZeroPages`].
+    ZeroPages = 0x51, RUNS_LEN_MAX;
+    /// [`Message::AbsentPages`].
+    AbsentPages = 0x52, RUNS_LEN_MAX;
+    /// [`Message::StreamMark`].
+    StreamMark = 0x53, SMALL;
+    /// [`Message::RoundReceived`].
+    RoundReceived = 0x54, SMALL;
+    /// [`Message::MemoryPlan`].
+    MemoryPlan = 0x55, RUNS_LEN_MAX;
+    /// [`Message::PageRequest`].
+    PageRequest = 0x56, SMALL;
+    /// [`Message::MemoryComplete`].
+    MemoryComplete = 0x57, TEXT;
 }
 
 /// What one end tells the other.
@@ -231,6 +263,65 @@ pub enum Message<'a> {
     },
     /// The answer to it.
     FateAnswer(FateAnswer),
+    /// This connection carries pages of a migration that is under way.
+    JoinStream {
+        /// The migration's name.
+        migration: MigrationId,
+        /// Which of its streams.
+        stream: StreamId,
+    },
+    /// Pages with their contents.
+    Pages {
+        /// Whose.
+        space: i32,
+        /// Which, in order of address.
+        runs: Vec<Run>,
+        /// Their contents, one after the other.
+        bytes: &'a [u8],
+    },
+    /// Pages that hold only zeros.
+    ZeroPages {
+        /// Whose.
+        space: i32,
+        /// Which, in order of address.
+        runs: Vec<Run>,
+    },
+    /// Pages that are not there any more, whatever was sent of them.
+    AbsentPages {
+        /// Whose.
+        space: i32,
+        /// Which, in order of address.
+        runs: Vec<Run>,
+    },
+    /// Everything of a round has been sent on this stream.
+    StreamMark {
+        /// The round, counted from 0; [`super::pages::ROUND_LAST`] when nothing follows any more.
+        round: u32,
+    },
+    /// Everything of a round has come on every bulk stream.
+    RoundReceived {
+        /// The round.
+        round: u32,
+    },
+    /// What the target must have of a space to restore it, and what stays at the source until then. A space
+    /// with many runs takes several frames.
+    MemoryPlan {
+        /// Whose.
+        space: i32,
+        /// How many of its pages have been sent with contents and hold: the same in every frame of the space.
+        stored_pages: u64,
+        /// Pages that stay at the source.
+        remote: Vec<Run>,
+    },
+    /// A task waits for these pages.
+    PageRequest {
+        /// Whose.
+        space: i32,
+        /// Which.
+        run: Run,
+    },
+    /// Every page is in its task; the source is not needed any more.
+    MemoryComplete(TargetMemory),
 }
 
 /// Why an offer is declined; the code is stable, the text is for people.
@@ -369,6 +460,32 @@ impl<'a> Message<'a> {
             Self::FateAnswer(answer) => {
                 out.u8(fate_code(*answer));
             }
+            Self::JoinStream { migration, stream } => {
+                out.bytes(migration.as_str().as_bytes());
+                put_stream(&mut out, *stream);
+            }
+            Self::Pages { space, runs, bytes } => {
+                put_space(&mut out, *space);
+                put_runs(&mut out, runs);
+                bulk = bytes;
+            }
+            Self::ZeroPages { space, runs } | Self::AbsentPages { space, runs } => {
+                put_space(&mut out, *space);
+                put_runs(&mut out, runs);
+            }
+            Self::StreamMark { round } | Self::RoundReceived { round } => {
+                out.u32(*round);
+            }
+            Self::MemoryPlan { space, stored_pages, remote } => {
+                put_space(&mut out, *space);
+                out.u64(*stored_pages);
+                put_runs(&mut out, remote);
+            }
+            Self::PageRequest { space, run } => {
+                put_space(&mut out, *space);
+                out.u64(run.start).u32(run.pages);
+            }
+            Self::MemoryComplete(memory) => put_json(kind, &mut out, memory)?,
             Self::BlobsEnd | Self::Received | Self::Restored | Self::Commit => {}
         }
         Ok((kind, bulk))
@@ -417,6 +534,32 @@ impl<'a> Message<'a> {
             Kind::Abort => Self::Abort { detail: fields.text(DETAIL_LEN_MAX)? },
             Kind::FateQuery => Self::FateQuery { migration: take_migration(&mut fields)? },
             Kind::FateAnswer => Self::FateAnswer(take_fate(&mut fields)?),
+            Kind::JoinStream => Self::JoinStream {
+                migration: take_migration(&mut fields)?,
+                stream: take_stream(&mut fields)?,
+            },
+            Kind::Pages => {
+                let (space, runs) = (take_space(&mut fields)?, take_runs(&mut fields)?);
+                let bytes = take_contents(&mut fields, &runs)?;
+                Self::Pages { space, runs, bytes }
+            }
+            Kind::ZeroPages => {
+                Self::ZeroPages { space: take_space(&mut fields)?, runs: take_runs(&mut fields)? }
+            }
+            Kind::AbsentPages => {
+                Self::AbsentPages { space: take_space(&mut fields)?, runs: take_runs(&mut fields)? }
+            }
+            Kind::StreamMark => Self::StreamMark { round: fields.u32()? },
+            Kind::RoundReceived => Self::RoundReceived { round: fields.u32()? },
+            Kind::MemoryPlan => Self::MemoryPlan {
+                space: take_space(&mut fields)?,
+                stored_pages: fields.u64()?,
+                remote: take_runs(&mut fields)?,
+            },
+            Kind::PageRequest => {
+                Self::PageRequest { space: take_space(&mut fields)?, run: take_run(&mut fields)? }
+            }
+            Kind::MemoryComplete => Self::MemoryComplete(take_json(kind, &mut fields)?),
         };
         fields.end()?;
         Ok(message)
@@ -450,6 +593,15 @@ impl<'a> Message<'a> {
             Self::Abort { .. } => Kind::Abort,
             Self::FateQuery { .. } => Kind::FateQuery,
             Self::FateAnswer(_) => Kind::FateAnswer,
+            Self::JoinStream { .. } => Kind::JoinStream,
+            Self::Pages { .. } => Kind::Pages,
+            Self::ZeroPages { .. } => Kind::ZeroPages,
+            Self::AbsentPages { .. } => Kind::AbsentPages,
+            Self::StreamMark { .. } => Kind::StreamMark,
+            Self::RoundReceived { .. } => Kind::RoundReceived,
+            Self::MemoryPlan { .. } => Kind::MemoryPlan,
+            Self::PageRequest { .. } => Kind::PageRequest,
+            Self::MemoryComplete(_) => Kind::MemoryComplete,
         }
     }
 }

@@ -2,9 +2,11 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::offer::{ContainerRecord, Needs, NodeFacts, Runtime, Stdio, TypedBytes};
+use crate::report::TargetMemory;
 use crate::request::Mode;
 use crate::rootfs::{Meta, Node};
 use crate::wire::FrameHeader;
+use crate::wire::pages::ROUND_LAST;
 
 fn facts() -> NodeFacts {
     NodeFacts {
@@ -87,7 +89,21 @@ fn every_message() -> Vec<Message<'static>> {
         Message::Abort { detail: "no" },
         Message::FateQuery { migration: "m-1".to_owned().try_into().unwrap() },
         Message::FateAnswer(FateAnswer::Pending),
+        Message::JoinStream { migration: "m-1".to_owned().try_into().unwrap(), stream: StreamId::Bulk(63) },
+        Message::JoinStream { migration: "m-1".to_owned().try_into().unwrap(), stream: StreamId::Fault },
+        Message::Pages { space: 1, runs: runs(), bytes: &[7; 3 * 4096] },
+        Message::ZeroPages { space: i32::MAX, runs: runs() },
+        Message::AbsentPages { space: 1, runs: runs() },
+        Message::StreamMark { round: ROUND_LAST },
+        Message::RoundReceived { round: 3 },
+        Message::MemoryPlan { space: 1, stored_pages: 1 << 40, remote: runs() },
+        Message::PageRequest { space: 1, run: runs()[0] },
+        Message::MemoryComplete(TargetMemory { peak_bytes: 5, ..TargetMemory::default() }),
     ]
+}
+
+fn runs() -> Vec<Run> {
+    vec![Run { start: 0x7f00_0000_0000, pages: 1 }, Run { start: 0x7f00_0000_2000, pages: 2 }]
 }
 
 fn payload(message: &Message<'_>) -> (Kind, Vec<u8>) {
@@ -171,6 +187,28 @@ fn what_could_lead_out_of_the_root_or_deceive_the_overlay_is_refused() {
     }
 }
 
+#[test]
+fn runs_that_are_not_pages_of_a_user_are_refused() {
+    let bad = [
+        vec![Run { start: 1, pages: 1 }],
+        vec![Run { start: 4096, pages: 0 }],
+        vec![Run { start: 1 << 56, pages: 1 }],
+        vec![Run { start: (1 << 56) - 4096, pages: 2 }],
+        vec![Run { start: 8192, pages: 2 }, Run { start: 12_288, pages: 1 }],
+        vec![Run { start: 8192, pages: 1 }, Run { start: 4096, pages: 1 }],
+    ];
+    for runs in bad {
+        let (kind, bytes) = payload(&Message::AbsentPages { space: 1, runs: runs.clone() });
+        assert!(Message::decode(kind, &bytes).is_err(), "{runs:?}");
+    }
+    for space in [0, i32::MIN] {
+        let (kind, bytes) = payload(&Message::ZeroPages { space, runs: runs() });
+        Message::decode(kind, &bytes).unwrap_err();
+    }
+    let (kind, bytes) = payload(&Message::Pages { space: 1, runs: runs(), bytes: &[0; 2 * 4096] });
+    Message::decode(kind, &bytes).unwrap_err();
+}
+
 proptest! {
     #[test]
     fn no_payload_makes_the_decoder_panic(kind in 0..Kind::ALL.len(), bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
@@ -178,7 +216,7 @@ proptest! {
     }
 
     #[test]
-    fn no_damaged_message_makes_the_decoder_panic(which in 0..31usize, at in any::<prop::sample::Index>(), byte in any::<u8>()) {
+    fn no_damaged_message_makes_the_decoder_panic(which in 0..every_message().len(), at in any::<prop::sample::Index>(), byte in any::<u8>()) {
         let (kind, mut bytes) = payload(&every_message()[which]);
         if !bytes.is_empty() {
             let at = at.index(bytes.len());
