@@ -22,6 +22,8 @@ pub mod failure;
 pub mod fate;
 pub mod offer;
 pub mod phase;
+pub mod plan;
+pub mod policy;
 pub mod report;
 pub mod request;
 pub mod rootfs;

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// A phase of a migration, seen from the source.
 ///
-/// The order is the order in which a migration passes through them; [`Phase::Committed`] and everything after
+/// The order is the order in which a migration passes through them; [`Phase::Filling`] and everything after
 /// it can no longer be rolled back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -17,13 +17,17 @@ pub enum Phase {
     Preparing,
     /// The writable layer is copied while the container runs.
     CopyingRootfs,
+    /// Pages are sent, round by round, while the container runs.
+    CopyingMemory,
     /// The container is frozen: its state is dumped and sent.
     Frozen,
     /// The target restores the container and holds it stopped.
     Restoring,
     /// COMMIT has been sent and its acknowledgement is awaited; the fate is unknown until it comes.
     Committing,
-    /// The target runs the container.
+    /// The container runs on the target; what it lacks of its pages is put in place.
+    Filling,
+    /// The target runs the container and has all of it.
     Committed,
     /// The source's record, task and snapshot are being removed.
     CleaningUp,
@@ -40,9 +44,11 @@ impl Phase {
             Self::Negotiating => "negotiating",
             Self::Preparing => "preparing",
             Self::CopyingRootfs => "copying_rootfs",
+            Self::CopyingMemory => "copying_memory",
             Self::Frozen => "frozen",
             Self::Restoring => "restoring",
             Self::Committing => "committing",
+            Self::Filling => "filling",
             Self::Committed => "committed",
             Self::CleaningUp => "cleaning_up",
             Self::Done => "done",
@@ -62,7 +68,14 @@ mod tests {
 
     #[test]
     fn the_label_is_what_json_carries() {
-        for phase in [Phase::Connecting, Phase::CopyingRootfs, Phase::Committing, Phase::Done] {
+        for phase in [
+            Phase::Connecting,
+            Phase::CopyingRootfs,
+            Phase::CopyingMemory,
+            Phase::Filling,
+            Phase::Committing,
+            Phase::Done,
+        ] {
             assert_eq!(serde_json::to_value(phase).unwrap(), phase.label());
         }
     }

@@ -5,22 +5,41 @@
 //! Negotiating --Accepted--> Preparing
 //! Preparing --Ready--> CopyingRootfs
 //! CopyingRootfs --RootfsSent--> AwaitingRootfs
-//! AwaitingRootfs --RootfsApplied--> Freezing
+//! AwaitingRootfs --RootfsApplied [in images]--> Freezing
+//! AwaitingRootfs --RootfsApplied [ours]--> OpeningStreams
+//! OpeningStreams --StreamsOpen [no rounds]--> Freezing
+//! OpeningStreams --StreamsOpen [rounds]--> Scanning
+//! Scanning --Scanned [next round]--> SendingRound
+//! Scanning --Scanned [switch over]--> Freezing
+//! Scanning --Scanned [give up]--> RollingBack
+//! SendingRound --RoundSent [received]--> Scanning
+//! SendingRound --RoundReceived [sent]--> Scanning
 //! Freezing --Froze--> Dumping
 //! Dumping --Dumped--> Transferring
 //! Transferring --StateSent--> AwaitingReceipt
 //! AwaitingReceipt --Received--> Restoring
 //! Restoring --Restored--> Committing
-//! Committing --Resumed--> Killing
+//! Committing --Resumed [in images]--> Killing
+//! Committing --Resumed [ours]--> Serving
 //! Committing --Aborted--> RollingBack
 //! Committing --LinkLost--> Asking
 //! Committing --Failed--> Asking
 //! Committing --Deadline--> Asking
-//! Asking --Here--> Killing
+//! Asking --Here [all sent]--> Killing
+//! Asking --Here [pages left]--> Rejoining
 //! Asking --NotHere--> RollingBack
 //! Asking --Pending--> Asking
 //! Asking --AskFailed--> Asking
 //! Asking --Deadline--> Done
+//! Serving --MemoryComplete--> Killing
+//! Serving --LinkLost [all sent]--> Killing
+//! Serving --LinkLost [pages left]--> Rejoining
+//! Serving --Failed [all sent]--> Killing
+//! Serving --Failed [pages left]--> Rejoining
+//! Serving --Deadline [all sent]--> Killing
+//! Rejoining --Rejoined--> Serving
+//! Rejoining --AskFailed--> Rejoining
+//! Rejoining --Deadline--> Done
 //! Killing --Killed--> AwaitingRelease
 //! AwaitingRelease --Release--> CleaningUp
 //! AwaitingRelease --Deadline--> CleaningUp
@@ -37,6 +56,7 @@
 //! - COMMIT is sent once, on the way into `Committing`. Before it every failure ends in `RunningOnSource`; after
 //!   it the source goes on only when the target has said that it does not and will not run the container, and
 //!   kills its own only when the target has said that it does.
+//! - The source's tasks, and with them its pages, are kept until the target has said that it lacks none.
 //! - Time is an argument. A state has at most one deadline ([`Source::deadline`]).
 //! - What a state knows is in its variant; the downtime is measured by a stopwatch that exists from the request to
 //!   freeze to the answer to COMMIT.
@@ -46,15 +66,39 @@ use std::time::Duration;
 use crate::failure::{Failure, Fate, Side};
 use crate::fate::FateAnswer;
 use crate::phase::Phase;
-use crate::report::{DowntimeParts, Stopwatch, Tick};
+use crate::plan::Way;
+use crate::report::{DowntimeParts, Round, Stopwatch, TargetMemory, Tick};
+use crate::request::Limits;
 use crate::rootfs::Pass;
 use crate::wire::message::{Resumed, Step as PreparingStep};
+
+pub use course::RoundSent;
+
+use course::Course;
 
 /// The state of the source.
 #[derive(Debug)]
 pub struct Source {
     state: State,
+    course: Course,
     entered: Tick,
+}
+
+/// What a migration is begun with.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// Whether only the preflight is wanted.
+    pub dry_run: bool,
+    /// What bounds the rounds.
+    pub limits: Limits,
+    /// What a switchover costs beside the pages, from earlier moves on this host.
+    pub fixed: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { dry_run: false, limits: Limits::default(), fixed: Duration::from_millis(200) }
+    }
 }
 
 /// Where the source stands, with what it knows there.
@@ -65,6 +109,9 @@ enum State {
     Preparing,
     CopyingRootfs,
     AwaitingRootfs,
+    OpeningStreams,
+    Scanning { round: u32 },
+    SendingRound { round: u32, sent: Option<RoundSent>, received: bool },
     Freezing { watch: Stopwatch },
     Dumping { watch: Stopwatch },
     Transferring { watch: Stopwatch },
@@ -72,6 +119,8 @@ enum State {
     Restoring { watch: Stopwatch },
     Committing { watch: Stopwatch },
     Asking { watch: Stopwatch },
+    Serving { moved: Moved },
+    Rejoining { moved: Moved },
     Killing { moved: Moved, released: bool },
     AwaitingRelease { moved: Moved },
     CleaningUp { moved: Moved },
@@ -86,6 +135,10 @@ pub struct Moved {
     pub downtime: DowntimeParts,
     /// What the target's worker said; all zero if the answer came from the target's record.
     pub resumed: Resumed,
+    /// When the answer came.
+    pub at: Tick,
+    /// What the target said when it had every page; none if CRIU moved them, or the link was lost before.
+    pub memory: Option<TargetMemory>,
 }
 
 /// How a migration ended.
@@ -109,6 +162,15 @@ pub enum Event {
     /// The live pass over the writable layer has been sent, up to the frame that ends it: this event has to come
     /// before the target can answer that frame.
     RootfsSent,
+    /// Every stream for pages is open.
+    StreamsOpen,
+    /// So many pages were written since the scan before, or are there at all.
+    Scanned {
+        /// Pages to be sent.
+        pages: u64,
+    },
+    /// A round has been sent. May come before or after the target says that it has it.
+    RoundSent(RoundSent),
     /// Every task is frozen.
     Froze,
     /// CRIU has written everything and waits for the word to kill or to let go on.
@@ -118,11 +180,13 @@ pub enum Event {
     StateSent,
     /// The target's agent answered the question about the fate.
     Answered(FateAnswer),
-    /// The target's agent could not be asked.
+    /// The target could not be asked, or reached again.
     AskFailed {
         /// Why.
         cause: String,
     },
+    /// The link and the streams are open again, and the target has said what it lacks.
+    Rejoined,
     /// The source's tasks are gone.
     Killed,
     /// The client has its answer, or nobody waits for one.
@@ -155,8 +219,8 @@ pub enum Event {
 /// A message of the target, as far as it decides anything.
 #[derive(Debug, Clone, PartialEq)]
 pub enum PeerEvent {
-    /// The agent takes the container.
-    Accepted,
+    /// The agent takes the container, and pages travel this way.
+    Accepted(Way),
     /// The agent declines.
     Rejected {
         /// What is in the way.
@@ -168,12 +232,16 @@ pub enum PeerEvent {
     Ready,
     /// The worker has applied a pass over the writable layer.
     RootfsApplied(Pass),
+    /// The worker has a whole round.
+    RoundReceived(u32),
     /// The worker has everything.
     Received,
     /// The worker holds the container restored and stopped.
     Restored,
     /// The container runs on the target.
     Resumed(Resumed),
+    /// Every page is in its task.
+    MemoryComplete(TargetMemory),
     /// The target gives up, and nothing of the container runs there, or will.
     Aborted {
         /// Why.
@@ -197,14 +265,35 @@ pub enum Action {
     SendBlobs,
     /// Send the live pass over the writable layer, and start CRIU meanwhile. Answered by `RootfsSent`.
     SendRootfs,
+    /// Open the streams for pages. Answered by `StreamsOpen`.
+    OpenStreams,
+    /// Find what was written since the last time; the first time, all there is. Answered by `Scanned`.
+    Scan,
+    /// Send what the last scan found. Answered by `RoundSent`, and by the target.
+    SendRound {
+        /// Its number.
+        round: u32,
+    },
     /// Freeze every task. Answered by `Froze`.
     Freeze,
-    /// Let CRIU dump, and send images and the final pass while it does. Answered by `Dumped`, then `StateSent`.
-    Dump,
+    /// Let CRIU dump, and send images, the final pass and the rest of the pages while it does. Answered by
+    /// `Dumped`, then `StateSent`.
+    Dump {
+        /// Whether the rest of the pages is left to travel after the container runs on the target.
+        leave_pages: bool,
+    },
     /// Say that the commit begins, then send COMMIT.
     Commit,
     /// Ask the target's agent over a new connection, after a pause. Answered by `Answered` or `AskFailed`.
     AskFate {
+        /// How long to wait before.
+        pause: Duration,
+    },
+    /// Give the target the pages it lacks, those it asks for first.
+    Serve,
+    /// Open link and streams again, after a pause, and learn what the target lacks. Answered by `Rejoined` or
+    /// `AskFailed`.
+    Rejoin {
         /// How long to wait before.
         pause: Duration,
     },
@@ -249,6 +338,10 @@ pub const NEGOTIATE_MAX: Duration = Duration::from_secs(120);
 pub const PREPARE_MAX: Duration = Duration::from_secs(3600);
 /// Time for the live pass over the writable layer. The container runs meanwhile.
 pub const COPY_ROOTFS_MAX: Duration = Duration::from_secs(3600);
+/// Time for the streams to open.
+pub const OPEN_STREAMS_MAX: Duration = Duration::from_secs(30);
+/// Time for one round of pages. The container runs meanwhile. A dead link is found sooner, by TCP.
+pub const ROUND_MAX: Duration = Duration::from_secs(3600);
 /// Time for the tasks to freeze.
 pub const FREEZE_MAX: Duration = Duration::from_secs(10);
 /// Time for CRIU to dump. Generous: the pages of a large container are written in it.
@@ -261,6 +354,10 @@ pub const RESTORE_MAX: Duration = Duration::from_secs(300);
 pub const RESUME_MAX: Duration = Duration::from_secs(20);
 /// Time for which the target is asked, before the container is left frozen for another worker to ask.
 pub const ASK_MAX: Duration = Duration::from_secs(120);
+/// Time for the target to put the last page in its place when it has them all.
+pub const FILL_MAX: Duration = Duration::from_secs(300);
+/// Time for which the target is tried again while it lacks pages.
+pub const REJOIN_MAX: Duration = Duration::from_secs(3600);
 /// Pause between two questions.
 pub const ASK_PAUSE: Duration = Duration::from_millis(500);
 /// Time that the client has to fetch the report before the source is cleaned up.
@@ -268,8 +365,9 @@ pub const RELEASE_MAX: Duration = Duration::from_secs(10);
 
 impl Source {
     /// Begins a migration.
-    pub fn begin(dry_run: bool, now: Tick) -> Step {
-        Self::enter(State::Connecting { dry_run }, vec![Action::Connect], now)
+    pub fn begin(settings: Settings, now: Tick) -> Step {
+        let state = State::Connecting { dry_run: settings.dry_run };
+        Self::enter(state, Course::begin(settings), vec![Action::Connect], now)
     }
 
     /// Begins in the place of a worker that died after it had said that it commits: the target is asked.
@@ -277,16 +375,17 @@ impl Source {
     /// The downtime of such a migration is measured from here, since nobody knows when it began.
     pub fn resolve(now: Tick) -> Step {
         let state = State::Asking { watch: Stopwatch::freeze(now) };
-        Self::enter(state, vec![Action::AskFate { pause: Duration::ZERO }], now)
+        let course = Course::begin(Settings::default());
+        Self::enter(state, course, vec![Action::AskFate { pause: Duration::ZERO }], now)
     }
 
     /// Takes one event. Total: whatever comes in whatever state, there is a next state.
     pub fn step(self, event: Event, now: Tick) -> Step {
-        let Self { state, entered } = self;
+        let Self { state, mut course, entered } = self;
         let before = state.label();
-        let (state, actions) = next::next(state, event, now);
+        let (state, actions) = next::next(state, &mut course, event, now);
         let entered = if state.label() == before { entered } else { now };
-        Step { state: Self { state, entered }, actions }
+        Step { state: Self { state, course, entered }, actions }
     }
 
     /// Returns the phase for logs, progress and failures.
@@ -304,7 +403,7 @@ impl Source {
     /// Returns when [`Event::Deadline`] is due, if ever.
     #[must_use]
     pub fn deadline(&self) -> Option<Tick> {
-        let limit = self.state.time_max()?;
+        let limit = self.state.time_max(self.course.leaves_pages())?;
         Some(Tick(self.entered.0.saturating_add(u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX))))
     }
 
@@ -312,12 +411,26 @@ impl Source {
     #[must_use]
     pub const fn moved(&self) -> Option<Moved> {
         match &self.state {
-            State::Killing { moved, .. } | State::AwaitingRelease { moved } | State::CleaningUp { moved } => {
-                Some(*moved)
-            }
+            State::Serving { moved }
+            | State::Rejoining { moved }
+            | State::Killing { moved, .. }
+            | State::AwaitingRelease { moved }
+            | State::CleaningUp { moved } => Some(*moved),
             State::Done { end: End::Migrated(moved) } => Some(*moved),
             _ => None,
         }
+    }
+
+    /// Returns the rounds of pre-copy so far.
+    #[must_use]
+    pub fn rounds(&self) -> &[Round] {
+        &self.course.rounds
+    }
+
+    /// Returns the downtime that was expected when the switchover was decided; none without rounds.
+    #[must_use]
+    pub const fn expected_downtime(&self) -> Option<Duration> {
+        self.course.expected
     }
 
     /// Returns how it ended, once it has.
@@ -329,8 +442,8 @@ impl Source {
         }
     }
 
-    const fn enter(state: State, actions: Vec<Action>, now: Tick) -> Step {
-        Step { state: Self { state, entered: now }, actions }
+    const fn enter(state: State, course: Course, actions: Vec<Action>, now: Tick) -> Step {
+        Step { state: Self { state, course, entered: now }, actions }
     }
 }
 
@@ -342,6 +455,9 @@ impl State {
             Self::Preparing => "Preparing",
             Self::CopyingRootfs => "CopyingRootfs",
             Self::AwaitingRootfs => "AwaitingRootfs",
+            Self::OpeningStreams => "OpeningStreams",
+            Self::Scanning { .. } => "Scanning",
+            Self::SendingRound { .. } => "SendingRound",
             Self::Freezing { .. } => "Freezing",
             Self::Dumping { .. } => "Dumping",
             Self::Transferring { .. } => "Transferring",
@@ -349,6 +465,8 @@ impl State {
             Self::Restoring { .. } => "Restoring",
             Self::Committing { .. } => "Committing",
             Self::Asking { .. } => "Asking",
+            Self::Serving { .. } => "Serving",
+            Self::Rejoining { .. } => "Rejoining",
             Self::Killing { .. } => "Killing",
             Self::AwaitingRelease { .. } => "AwaitingRelease",
             Self::CleaningUp { .. } => "CleaningUp",
@@ -363,12 +481,14 @@ impl State {
             Self::Negotiating { .. } => Phase::Negotiating,
             Self::Preparing => Phase::Preparing,
             Self::CopyingRootfs | Self::AwaitingRootfs => Phase::CopyingRootfs,
+            Self::OpeningStreams | Self::Scanning { .. } | Self::SendingRound { .. } => Phase::CopyingMemory,
             Self::Freezing { .. }
             | Self::Dumping { .. }
             | Self::Transferring { .. }
             | Self::AwaitingReceipt { .. } => Phase::Frozen,
             Self::Restoring { .. } => Phase::Restoring,
             Self::Committing { .. } | Self::Asking { .. } => Phase::Committing,
+            Self::Serving { .. } | Self::Rejoining { .. } => Phase::Filling,
             Self::Killing { .. } | Self::AwaitingRelease { .. } => Phase::Committed,
             Self::CleaningUp { .. } => Phase::CleaningUp,
             // A rollback belongs to the phase that failed, until it is over.
@@ -377,8 +497,12 @@ impl State {
         }
     }
 
-    const fn time_max(&self) -> Option<Duration> {
+    const fn time_max(&self, leaves_pages: bool) -> Option<Duration> {
         match self {
+            Self::OpeningStreams => Some(OPEN_STREAMS_MAX),
+            Self::Scanning { .. } | Self::SendingRound { .. } => Some(ROUND_MAX),
+            Self::Serving { .. } if !leaves_pages => Some(FILL_MAX),
+            Self::Rejoining { .. } => Some(REJOIN_MAX),
             Self::Connecting { .. } => Some(CONNECT_MAX),
             Self::Negotiating { .. } => Some(NEGOTIATE_MAX),
             Self::Preparing => Some(PREPARE_MAX),
@@ -391,9 +515,12 @@ impl State {
             Self::Asking { .. } => Some(ASK_MAX),
             Self::AwaitingRelease { .. } => Some(RELEASE_MAX),
             // What is to be undone or finished has no way out but to be done.
-            Self::Killing { .. } | Self::CleaningUp { .. } | Self::RollingBack { .. } | Self::Done { .. } => {
-                None
-            }
+            // Pages that only the source has are served for as long as it takes.
+            Self::Serving { .. }
+            | Self::Killing { .. }
+            | Self::CleaningUp { .. }
+            | Self::RollingBack { .. }
+            | Self::Done { .. } => None,
         }
     }
 }
@@ -402,6 +529,7 @@ fn failure(phase: Phase, side: Side, fate: Fate, cause: String) -> Failure {
     Failure { side, phase, fate, cause }
 }
 
+mod course;
 mod labels;
 mod next;
 

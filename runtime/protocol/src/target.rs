@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! CopyingRootfs --Applied--> Receiving
+//! Receiving --RoundComplete--> Receiving
 //! Receiving --Complete--> Restoring
 //! Restoring --Held--> Holding
 //! Holding --Commit--> Deciding
@@ -10,14 +11,23 @@
 //! Deciding --Failed--> Aborting
 //! Resuming --Running--> Recording
 //! Resuming --Failed--> Aborting
-//! Recording --Recorded--> Done
+//! Recording --Recorded [in images]--> Done
+//! Recording --Recorded [ours]--> Filling
 //! Recording --Barred--> Aborting
 //! Recording --Failed--> Aborting
+//! Filling --Filled--> Done
+//! Filling --Failed--> Aborting
+//! Filling --LinkLost--> Stranded
+//! Stranded --Filled--> Done
+//! Stranded --Failed--> Aborting
+//! Stranded --Rejoined--> Filling
+//! Stranded --Deadline--> Aborting
 //! Aborting --Undone--> Done
 //! Aborting --UndoFailed--> Done
 //! ```
 //! Beside these, in every state before `Deciding`: `Failed`, `LinkLost`, `Abort`, `Nonsense`, `Deadline`, and a
-//! `Commit` out of place lead to `Aborting`. From `Deciding` on the link does not matter any more. Anything else out of
+//! `Commit` out of place lead to `Aborting`. From `Deciding` on the link does not matter any more, but for pages that
+//! only the source has: while tasks wait for them the source may come back over a new link. Anything else out of
 //! place is ignored. The table in `target/table.rs` says the same, and a test holds all three together.
 //!
 //! Invariants:
@@ -30,13 +40,14 @@ use std::time::Duration;
 use crate::failure::{Failure, Fate, Side};
 use crate::fate::Decision;
 use crate::phase::Phase;
-use crate::report::Tick;
+use crate::report::{TargetMemory, Tick};
 use crate::rootfs::Pass;
 
 /// The state of the target's worker.
 #[derive(Debug)]
 pub struct Target {
     state: State,
+    fills: bool,
     entered: Tick,
 }
 
@@ -50,6 +61,8 @@ enum State {
     Deciding,
     Resuming,
     Recording { pid: i32 },
+    Filling { pid: i32 },
+    Stranded { pid: i32 },
     Aborting { failure: Failure },
     Done { end: End },
 }
@@ -71,7 +84,9 @@ pub enum End {
 pub enum Event {
     /// A pass over the writable layer has come to its end and has been applied.
     Applied(Pass),
-    /// Every image has come and matches the manifest.
+    /// A whole round of pages has come on every stream.
+    RoundComplete(u32),
+    /// Every image has come and matches the manifest, and every page that is not left at the source.
     Complete,
     /// CRIU holds the container restored and stopped.
     Held,
@@ -84,7 +99,11 @@ pub enum Event {
         /// Process id of its init.
         pid: i32,
     },
-    /// Nothing of the container is left here, and the record says aborted.
+    /// Every page is in its task.
+    Filled(TargetMemory),
+    /// The source is back over a new link.
+    Rejoined,
+    /// Nothing of the container is left here, and the record says aborted if it can.
     Undone,
     /// That could not be made sure.
     UndoFailed {
@@ -123,6 +142,8 @@ pub enum Action {
     SendReady,
     /// Tell the source that a pass has been applied.
     SendApplied(Pass),
+    /// Tell the source that a round has come.
+    SendRoundReceived(u32),
     /// Tell the source that everything has come.
     SendReceived,
     /// Let CRIU restore and hold the container. Answered by `Held`.
@@ -138,6 +159,12 @@ pub enum Action {
         /// Process id of its init.
         pid: i32,
     },
+    /// Tell the source and the shim that every page is in its task.
+    ReportFilled(TargetMemory),
+    /// Tell the source what is lacking, over the new link.
+    SendLacking,
+    /// Kill the container, which lacks pages that will not come. Answered by `Undone` or `UndoFailed`.
+    Destroy,
     /// Kill what was restored, then record that it is aborted, then tell the source. Answered by `Undone` or
     /// `UndoFailed`; in the latter case the source is told nothing.
     Undo {
@@ -167,22 +194,25 @@ pub const COPY_ROOTFS_MAX: Duration = Duration::from_secs(7200);
 pub const RECEIVE_MAX: Duration = Duration::from_secs(3600);
 /// Time for CRIU to restore.
 pub const RESTORE_MAX: Duration = Duration::from_secs(300);
+/// Time for which the source is awaited while tasks lack pages that only it has.
+pub const STRANDED_MAX: Duration = Duration::from_secs(3600);
 /// Time for the source to answer that the container is held.
 pub const HOLD_MAX: Duration = Duration::from_secs(60);
 
 impl Target {
-    /// Begins when the worker has the link.
-    pub fn begin(now: Tick) -> Step {
-        Step { state: Self { state: State::CopyingRootfs, entered: now }, actions: vec![Action::SendReady] }
+    /// Begins when the worker has the link. `fills` says that pages are put in place after the container runs.
+    pub fn begin(fills: bool, now: Tick) -> Step {
+        let state = Self { state: State::CopyingRootfs, fills, entered: now };
+        Step { state, actions: vec![Action::SendReady] }
     }
 
     /// Takes one event. Total: whatever comes in whatever state, there is a next state.
     pub fn step(self, event: Event, now: Tick) -> Step {
-        let Self { state, entered } = self;
+        let Self { state, fills, entered } = self;
         let before = state.label();
-        let (state, actions) = next(state, event);
+        let (state, actions) = next(state, fills, event);
         let entered = if state.label() == before { entered } else { now };
-        Step { state: Self { state, entered }, actions }
+        Step { state: Self { state, fills, entered }, actions }
     }
 
     /// Returns the phase for logs and failures.
@@ -224,6 +254,8 @@ impl State {
             Self::Deciding => "Deciding",
             Self::Resuming => "Resuming",
             Self::Recording { .. } => "Recording",
+            Self::Filling { .. } => "Filling",
+            Self::Stranded { .. } => "Stranded",
             Self::Aborting { .. } => "Aborting",
             Self::Done { .. } => "Done",
         }
@@ -235,6 +267,7 @@ impl State {
             Self::Receiving { .. } => Phase::Frozen,
             Self::Restoring | Self::Holding => Phase::Restoring,
             Self::Deciding | Self::Resuming | Self::Recording { .. } => Phase::Committing,
+            Self::Filling { .. } | Self::Stranded { .. } => Phase::Filling,
             Self::Aborting { failure } => failure.phase,
             Self::Done { .. } => Phase::Done,
         }
@@ -246,9 +279,11 @@ impl State {
             Self::Receiving { .. } => Some(RECEIVE_MAX),
             Self::Restoring => Some(RESTORE_MAX),
             Self::Holding => Some(HOLD_MAX),
+            Self::Stranded { .. } => Some(STRANDED_MAX),
             Self::Deciding
             | Self::Resuming
             | Self::Recording { .. }
+            | Self::Filling { .. }
             | Self::Aborting { .. }
             | Self::Done { .. } => None,
         }
@@ -257,9 +292,10 @@ impl State {
 
 type Next = (State, Vec<Action>);
 
-fn next(state: State, event: Event) -> Next {
+fn next(state: State, fills: bool, event: Event) -> Next {
     match state {
-        State::Deciding | State::Resuming | State::Recording { .. } => decided(state, event),
+        State::Deciding | State::Resuming | State::Recording { .. } => decided(state, fills, event),
+        State::Filling { pid } | State::Stranded { pid } => filling(state, pid, event),
         State::Aborting { failure } => aborting(failure, event),
         State::Done { end } => (State::Done { end }, vec![]),
         revocable => match give_up(&revocable, &event) {
@@ -278,11 +314,14 @@ fn go_on(state: State, event: &Event) -> Next {
         (State::Receiving { final_applied: false }, Event::Applied(Pass::Final)) => {
             (State::Receiving { final_applied: true }, vec![Action::SendApplied(Pass::Final)])
         }
+        (state @ State::Receiving { .. }, Event::RoundComplete(round)) => {
+            (state, vec![Action::SendRoundReceived(*round)])
+        }
         (State::Receiving { final_applied: true }, Event::Complete) => {
             (State::Restoring, vec![Action::SendReceived, Action::Restore])
         }
         // The source's word decides when these come, so they are its breach of the protocol.
-        (state, Event::Applied(_) | Event::Complete) => {
+        (state, Event::Applied(_) | Event::Complete | Event::RoundComplete(_)) => {
             let cause = format!("the source sent {} while the target was {}", event.label(), state.label());
             abort(&state, Side::Source, cause, true)
         }
@@ -313,11 +352,14 @@ fn give_up(state: &State, event: &Event) -> Option<Next> {
 }
 
 /// From the decision on: the link does not matter any more, only the record and the container.
-fn decided(state: State, event: Event) -> Next {
+fn decided(state: State, fills: bool, event: Event) -> Next {
     match (state, event) {
         (State::Deciding, Event::Recorded(Decision::Committed)) => (State::Resuming, vec![Action::Resume]),
         (State::Resuming, Event::Running { pid }) => {
             (State::Recording { pid }, vec![Action::Record(Decision::Resumed)])
+        }
+        (State::Recording { pid }, Event::Recorded(Decision::Resumed)) if fills => {
+            (State::Filling { pid }, vec![Action::ReportResumed { pid }])
         }
         (State::Recording { pid }, Event::Recorded(Decision::Resumed)) => {
             (State::Done { end: End::Resumed { pid } }, vec![Action::ReportResumed { pid }])
@@ -329,6 +371,25 @@ fn decided(state: State, event: Event) -> Next {
         (state, Event::Failed { cause }) => abort(&state, Side::Target, cause, true),
         (state, _) => (state, vec![]),
     }
+}
+
+/// The container runs, and pages are put in place behind it.
+fn filling(state: State, pid: i32, event: Event) -> Next {
+    let cause = match event {
+        Event::Filled(memory) => {
+            return (State::Done { end: End::Resumed { pid } }, vec![Action::ReportFilled(memory)]);
+        }
+        Event::Failed { cause } => cause,
+        Event::LinkLost { .. } | Event::Abort { .. } | Event::Nonsense { .. } => {
+            return (State::Stranded { pid }, vec![]);
+        }
+        Event::Rejoined => return (State::Filling { pid }, vec![Action::SendLacking]),
+        Event::Deadline => "the source did not come back with pages that the container lacks".to_owned(),
+        _ => return (state, vec![]),
+    };
+    // Without its pages the container cannot go on: every task that misses one waits for ever.
+    let failure = Failure { side: Side::Target, phase: Phase::Filling, fate: Fate::Lost, cause };
+    (State::Aborting { failure }, vec![Action::Destroy])
 }
 
 fn aborting(failure: Failure, event: Event) -> Next {
@@ -365,6 +426,9 @@ impl Event {
             Self::Recorded(Decision::Committed | Decision::Resumed) => "Recorded",
             Self::Recorded(Decision::Aborted | Decision::Undecided) => "Barred",
             Self::Running { .. } => "Running",
+            Self::RoundComplete(_) => "RoundComplete",
+            Self::Filled(_) => "Filled",
+            Self::Rejoined => "Rejoined",
             Self::Undone => "Undone",
             Self::UndoFailed { .. } => "UndoFailed",
             Self::Failed { .. } => "Failed",
@@ -383,6 +447,10 @@ impl Action {
         match self {
             Self::SendReady => "SendReady",
             Self::SendApplied(_) => "SendApplied",
+            Self::SendRoundReceived(_) => "SendRoundReceived",
+            Self::ReportFilled(_) => "ReportFilled",
+            Self::SendLacking => "SendLacking",
+            Self::Destroy => "Destroy",
             Self::SendReceived => "SendReceived",
             Self::Restore => "Restore",
             Self::SendRestored => "SendRestored",

@@ -1,17 +1,23 @@
 //! The transitions of the source, state by state.
 
+use std::time::Duration;
+
 use super::{
-    ASK_PAUSE, Action, End, Event, Failure, Fate, FateAnswer, Moved, Pass, PeerEvent, Resumed, Side, State,
-    Stopwatch, Tick, failure,
+    ASK_PAUSE, Action, Course, End, Event, Failure, Fate, FateAnswer, Moved, Pass, PeerEvent, Resumed,
+    RoundSent, Side, State, Stopwatch, Tick, failure,
 };
+use crate::phase::Phase;
+use crate::policy::Verdict;
 
 type Next = (State, Vec<Action>);
 
 /// Returns the state after `event` and what to do on the way into it.
-pub(super) fn next(state: State, event: Event, now: Tick) -> Next {
+pub(super) fn next(state: State, course: &mut Course, event: Event, now: Tick) -> Next {
     match state {
-        State::Committing { watch } => committing(watch, event, now),
-        State::Asking { watch } => asking(watch, &event, now),
+        State::Committing { watch } => committing(watch, course, event, now),
+        State::Asking { watch } => asking(watch, course, &event, now),
+        State::Serving { moved } => serving(moved, course, event),
+        State::Rejoining { moved } => rejoining(moved, event),
         State::Killing { moved, released } => killing(moved, released, &event),
         State::AwaitingRelease { moved } => match event {
             Event::Release | Event::Deadline => (State::CleaningUp { moved }, vec![Action::CleanUp]),
@@ -25,44 +31,49 @@ pub(super) fn next(state: State, event: Event, now: Tick) -> Next {
         State::Done { end } => (State::Done { end }, vec![]),
         revocable => match give_up(&revocable, &event) {
             Some(next) => next,
-            None => go_on(revocable, event, now),
+            None => go_on(revocable, course, event, now),
         },
     }
 }
 
 /// The way ahead, up to COMMIT. Local events out of place come from threads that were overtaken: they are
 /// ignored. Messages out of place roll back.
-fn go_on(state: State, event: Event, now: Tick) -> Next {
+fn go_on(state: State, course: &mut Course, event: Event, now: Tick) -> Next {
     match (state, event) {
+        (
+            state @ (State::AwaitingRootfs
+            | State::OpeningStreams
+            | State::Scanning { .. }
+            | State::SendingRound { .. }),
+            event,
+        ) => copying(state, course, event, now),
         (State::Connecting { dry_run }, Event::LinkUp) => {
             (State::Negotiating { dry_run }, vec![Action::SendOffer])
         }
-        (State::Negotiating { dry_run: true }, Event::Peer(PeerEvent::Accepted)) => {
+        (State::Negotiating { dry_run: true }, Event::Peer(PeerEvent::Accepted(_))) => {
             (State::Done { end: End::Checked }, vec![Action::ReportChecked])
         }
-        (State::Negotiating { dry_run: false }, Event::Peer(PeerEvent::Accepted)) => {
+        (State::Negotiating { dry_run: false }, Event::Peer(PeerEvent::Accepted(way))) => {
+            course.take(way);
             (State::Preparing, vec![Action::SendBlobs])
         }
         (State::Preparing, Event::Peer(PeerEvent::Preparing(_))) => (State::Preparing, vec![]),
         (State::Preparing, Event::Peer(PeerEvent::Ready)) => (State::CopyingRootfs, vec![Action::SendRootfs]),
         (State::CopyingRootfs, Event::RootfsSent) => (State::AwaitingRootfs, vec![]),
-        (State::AwaitingRootfs, Event::Peer(PeerEvent::RootfsApplied(Pass::Live))) => {
-            (State::Freezing { watch: Stopwatch::freeze(now) }, vec![Action::Freeze])
-        }
         (State::Freezing { mut watch }, Event::Froze) => {
             watch.frozen(now);
-            (State::Dumping { watch }, vec![Action::Dump])
+            (State::Dumping { watch }, vec![Action::Dump { leave_pages: course.leaves_pages() }])
         }
         (State::Dumping { mut watch }, Event::Dumped) => {
             watch.dumped(now);
             (State::Transferring { watch }, vec![])
         }
         (State::Transferring { watch }, Event::StateSent) => (State::AwaitingReceipt { watch }, vec![]),
-        // The target applies the final pass while it takes the images: the word may come at any time until
-        // it has received everything, and nothing depends on it.
+        // The target takes the final pass and the last pages beside the images: the words for them may come at any
+        // time until it has received everything, and nothing depends on them.
         (
             state @ (State::Dumping { .. } | State::Transferring { .. } | State::AwaitingReceipt { .. }),
-            Event::Peer(PeerEvent::RootfsApplied(Pass::Final)),
+            Event::Peer(PeerEvent::RootfsApplied(Pass::Final) | PeerEvent::RoundReceived(_)),
         ) => (state, vec![]),
         (State::AwaitingReceipt { mut watch }, Event::Peer(PeerEvent::Received)) => {
             watch.transferred(now);
@@ -72,11 +83,69 @@ fn go_on(state: State, event: Event, now: Tick) -> Next {
             watch.restored(now);
             (State::Committing { watch }, vec![Action::Commit])
         }
-        (state, Event::Peer(event)) => {
-            let cause = out_of_place(&event, &state);
+        (state, event) => elsewhere(state, &event),
+    }
+}
+
+/// From the applied root to the freeze: the streams, and the rounds.
+fn copying(state: State, course: &mut Course, event: Event, now: Tick) -> Next {
+    match (state, event) {
+        (State::AwaitingRootfs, Event::Peer(PeerEvent::RootfsApplied(Pass::Live))) => {
+            if course.way.is_ours() {
+                (State::OpeningStreams, vec![Action::OpenStreams])
+            } else {
+                freeze(now)
+            }
+        }
+        (State::OpeningStreams, Event::StreamsOpen) => {
+            if course.way.has_rounds() {
+                course.begin_rounds(now);
+                (State::Scanning { round: 0 }, vec![Action::Scan])
+            } else {
+                freeze(now)
+            }
+        }
+        (State::Scanning { round }, Event::Scanned { pages }) => match course.scanned(pages, now) {
+            Verdict::NextRound => {
+                let state = State::SendingRound { round, sent: None, received: false };
+                (state, vec![Action::SendRound { round }])
+            }
+            Verdict::SwitchOver | Verdict::GoPostcopy => freeze(now),
+            Verdict::Abort { cause } => roll_back(&State::Scanning { round }, Side::Source, cause, true),
+        },
+        (State::SendingRound { round, sent: None, received }, Event::RoundSent(sent)) => {
+            sending(round, Some(sent), received, course, now)
+        }
+        (
+            State::SendingRound { round, sent, received: false },
+            Event::Peer(PeerEvent::RoundReceived(number)),
+        ) if number == round => sending(round, sent, true, course, now),
+        (state, event) => elsewhere(state, &event),
+    }
+}
+
+fn sending(round: u32, sent: Option<RoundSent>, received: bool, course: &mut Course, now: Tick) -> Next {
+    match sent {
+        Some(sent) if received => {
+            course.ended(round, sent, now);
+            (State::Scanning { round: round + 1 }, vec![Action::Scan])
+        }
+        _ => (State::SendingRound { round, sent, received }, vec![]),
+    }
+}
+
+fn freeze(now: Tick) -> Next {
+    (State::Freezing { watch: Stopwatch::freeze(now) }, vec![Action::Freeze])
+}
+
+/// What has no place in this state.
+fn elsewhere(state: State, event: &Event) -> Next {
+    match event {
+        Event::Peer(event) => {
+            let cause = out_of_place(event, &state);
             roll_back(&state, Side::Target, cause, true)
         }
-        (state, _) => (state, vec![]),
+        _ => (state, vec![]),
     }
 }
 
@@ -96,9 +165,12 @@ fn give_up(state: &State, event: &Event) -> Option<Next> {
     Some(roll_back(state, side, cause, tell))
 }
 
-fn committing(watch: Stopwatch, event: Event, now: Tick) -> Next {
+fn committing(watch: Stopwatch, course: &Course, event: Event, now: Tick) -> Next {
     match event {
-        Event::Peer(PeerEvent::Resumed(resumed)) => kill(watch, resumed, now),
+        Event::Peer(PeerEvent::Resumed(resumed)) if course.way.is_ours() => {
+            (State::Serving { moved: moved(watch, resumed, now) }, vec![Action::Serve])
+        }
+        Event::Peer(PeerEvent::Resumed(resumed)) => kill(moved(watch, resumed, now)),
         Event::Peer(PeerEvent::Aborted { detail }) => {
             roll_back(&State::Committing { watch }, Side::Target, detail, false)
         }
@@ -108,9 +180,12 @@ fn committing(watch: Stopwatch, event: Event, now: Tick) -> Next {
     }
 }
 
-fn asking(watch: Stopwatch, event: &Event, now: Tick) -> Next {
+fn asking(watch: Stopwatch, course: &Course, event: &Event, now: Tick) -> Next {
     match event {
-        Event::Answered(FateAnswer::Here) => kill(watch, Resumed::default(), now),
+        Event::Answered(FateAnswer::Here) => {
+            let moved = moved(watch, Resumed::default(), now);
+            if course.leaves_pages() { rejoin(moved, Duration::ZERO) } else { kill(moved) }
+        }
         Event::Answered(FateAnswer::NotHere) => {
             let cause = "the link was lost before the target could resume the container".to_owned();
             roll_back(&State::Asking { watch }, Side::Target, cause, false)
@@ -130,12 +205,48 @@ fn asking(watch: Stopwatch, event: &Event, now: Tick) -> Next {
 }
 
 fn ask(watch: Stopwatch, again: bool) -> Next {
-    let pause = if again { ASK_PAUSE } else { std::time::Duration::ZERO };
+    let pause = if again { ASK_PAUSE } else { Duration::ZERO };
     (State::Asking { watch }, vec![Action::AskFate { pause }])
 }
 
-fn kill(watch: Stopwatch, resumed: Resumed, now: Tick) -> Next {
-    let moved = Moved { downtime: watch.resumed(now), resumed };
+/// The container runs on the target, and the source is kept for the pages that the target lacks, if it does.
+fn serving(moved: Moved, course: &Course, event: Event) -> Next {
+    match event {
+        Event::Peer(PeerEvent::MemoryComplete(memory)) => kill(Moved { memory: Some(memory), ..moved }),
+        // The target has every page, and will put them in their places without being watched.
+        Event::LinkLost { .. } | Event::Failed { .. } | Event::Deadline if !course.leaves_pages() => {
+            kill(moved)
+        }
+        Event::LinkLost { .. } | Event::Failed { .. } => rejoin(moved, Duration::ZERO),
+        _ => (State::Serving { moved }, vec![]),
+    }
+}
+
+fn rejoining(moved: Moved, event: Event) -> Next {
+    match event {
+        Event::Rejoined => (State::Serving { moved }, vec![Action::Serve]),
+        Event::AskFailed { .. } => rejoin(moved, ASK_PAUSE),
+        Event::Deadline => {
+            let cause = "the target cannot be reached any more, and lacks pages of the container that runs there; the \
+                         source keeps the frozen container they belong to"
+                .to_owned();
+            let failure = failure(Phase::Filling, Side::Target, Fate::Unknown, cause);
+            let actions = vec![Action::LeaveFrozen, Action::ReportFailed { failure: failure.clone() }];
+            (State::Done { end: End::Failed(failure) }, actions)
+        }
+        _ => (State::Rejoining { moved }, vec![]),
+    }
+}
+
+fn rejoin(moved: Moved, pause: Duration) -> Next {
+    (State::Rejoining { moved }, vec![Action::Rejoin { pause }])
+}
+
+fn moved(watch: Stopwatch, resumed: Resumed, now: Tick) -> Moved {
+    Moved { downtime: watch.resumed(now), resumed, at: now, memory: None }
+}
+
+fn kill(moved: Moved) -> Next {
     (State::Killing { moved, released: false }, vec![Action::Kill])
 }
 
@@ -171,7 +282,7 @@ fn roll_back(state: &State, side: Side, cause: String, tell: bool) -> Next {
 }
 
 fn took_too_long(state: &State) -> String {
-    let limit_s = state.time_max().map_or(0, |limit| limit.as_secs());
+    let limit_s = state.time_max(false).map_or(0, |limit| limit.as_secs());
     format!("{} took longer than {limit_s} s", state.phase())
 }
 

@@ -28,13 +28,22 @@ impl FrameHeader {
     /// # Errors
     /// [`WireError::TooLong`] if the payload exceeds the maximum of its kind.
     pub fn seal(kind: Kind, seq: u32, head: &[u8], bulk: &[u8]) -> Result<Self, WireError> {
+        Self::seal_parts(kind, seq, &[head, bulk])
+    }
+
+    /// Returns the header of a frame whose payload is `parts`, one after the other.
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`] if the payload exceeds the maximum of its kind.
+    pub fn seal_parts(kind: Kind, seq: u32, parts: &[&[u8]]) -> Result<Self, WireError> {
         let len_max = kind.payload_len_max();
-        let len = u32::try_from(head.len() + bulk.len()).unwrap_or(u32::MAX);
+        let len = parts.iter().map(|part| part.len()).sum::<usize>();
+        let len = u32::try_from(len).unwrap_or(u32::MAX);
         if len > len_max {
             return Err(WireError::TooLong { kind, len, len_max });
         }
         let mut header = Self { kind, flags: 0, reserved: 0, len, seq, crc: 0 };
-        header.crc = header.checksum(&[head, bulk]);
+        header.crc = header.checksum(parts);
         Ok(header)
     }
 

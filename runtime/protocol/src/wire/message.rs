@@ -308,6 +308,8 @@ pub enum Message<'a> {
     MemoryPlan {
         /// Whose.
         space: i32,
+        /// The plan holds once this round has come on every bulk stream.
+        round: u32,
         /// How many of its pages have been sent with contents and hold: the same in every frame of the space.
         stored_pages: u64,
         /// Pages that stay at the source.
@@ -476,9 +478,9 @@ impl<'a> Message<'a> {
             Self::StreamMark { round } | Self::RoundReceived { round } => {
                 out.u32(*round);
             }
-            Self::MemoryPlan { space, stored_pages, remote } => {
+            Self::MemoryPlan { space, round, stored_pages, remote } => {
                 put_space(&mut out, *space);
-                out.u64(*stored_pages);
+                out.u32(*round).u64(*stored_pages);
                 put_runs(&mut out, remote);
             }
             Self::PageRequest { space, run } => {
@@ -553,6 +555,7 @@ impl<'a> Message<'a> {
             Kind::RoundReceived => Self::RoundReceived { round: fields.u32()? },
             Kind::MemoryPlan => Self::MemoryPlan {
                 space: take_space(&mut fields)?,
+                round: fields.u32()?,
                 stored_pages: fields.u64()?,
                 remote: take_runs(&mut fields)?,
             },

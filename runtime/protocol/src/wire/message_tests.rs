@@ -96,7 +96,7 @@ fn every_message() -> Vec<Message<'static>> {
         Message::AbsentPages { space: 1, runs: runs() },
         Message::StreamMark { round: ROUND_LAST },
         Message::RoundReceived { round: 3 },
-        Message::MemoryPlan { space: 1, stored_pages: 1 << 40, remote: runs() },
+        Message::MemoryPlan { space: 1, round: 2, stored_pages: 1 << 40, remote: runs() },
         Message::PageRequest { space: 1, run: runs()[0] },
         Message::MemoryComplete(TargetMemory { peak_bytes: 5, ..TargetMemory::default() }),
     ]

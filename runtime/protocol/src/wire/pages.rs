@@ -4,9 +4,9 @@
 //! is the same on both hosts. Pages are named by runs of adjacent ones. Every version of one page travels on
 //! one stream ([`StreamId::of_page`]), so a page is never overtaken by an older self.
 
+use super::WireError;
 use super::codec::{Reader, Writer};
 use super::message::DATA_LEN_MAX;
-use super::WireError;
 
 /// Size of a page in bytes, on the wire as in memory.
 pub const PAGE_BYTES: u64 = 4096;

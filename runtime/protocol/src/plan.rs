@@ -1,0 +1,156 @@
+//! How the pages of one migration travel: what was asked for, as far as both hosts can do it.
+//!
+//! ```text
+//! mode + what the source can do + what the target can do ──choose──► Plan (a way, and notes for the report)
+//! ```
+//! What cannot be done is never replaced in silence: it is refused by name, or done otherwise with a note.
+
+use serde::{Deserialize, Serialize};
+
+use crate::request::{Limits, Mode};
+
+/// When pages travel, decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Way {
+    /// In CRIU's images, all of them in the freeze: for hosts that cannot do better.
+    InImages,
+    /// In the freeze.
+    Native,
+    /// In rounds, and the rest in the freeze.
+    Precopy,
+    /// After the container runs on the target.
+    Postcopy,
+    /// In rounds, and the rest after the container runs on the target.
+    Hybrid,
+    /// In rounds as long as that leads to a short downtime; then by what the limits allow.
+    Auto,
+}
+
+impl Way {
+    /// Tells whether pages travel in rounds while the container runs.
+    #[must_use]
+    pub const fn has_rounds(self) -> bool {
+        matches!(self, Self::Precopy | Self::Hybrid | Self::Auto)
+    }
+
+    /// Tells whether godwit carries the pages, not CRIU.
+    #[must_use]
+    pub const fn is_ours(self) -> bool {
+        !matches!(self, Self::InImages)
+    }
+}
+
+/// What a host can do with memory; each field says why not, if it cannot.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Abilities {
+    /// Follow which pages are written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cannot_track: Option<String>,
+    /// Dump with CRIU without the pages.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cannot_hide: Option<String>,
+    /// Restore with the pages still to come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cannot_serve: Option<String>,
+}
+
+/// A way, and what the report has to say about how it was chosen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// When pages travel.
+    pub way: Way,
+    /// What is done otherwise than asked, and why.
+    pub notes: Vec<String>,
+}
+
+impl Plan {
+    /// Chooses how pages travel.
+    ///
+    /// # Errors
+    /// Why what was asked for cannot be done, and what can be.
+    pub fn choose(
+        mode: Mode,
+        limits: &Limits,
+        source: &Abilities,
+        target: &Abilities,
+    ) -> Result<Self, String> {
+        let in_images = |why: &str| {
+            let note = format!("all pages travel in criu's images, in the freeze: {why}");
+            Ok(Self { way: Way::InImages, notes: vec![note] })
+        };
+        if let Some(why) = &source.cannot_hide {
+            return in_images(&format!("the source cannot dump without them ({why})"));
+        }
+        if let Some(why) = &target.cannot_serve {
+            return in_images(&format!("the target cannot restore without them ({why})"));
+        }
+        let way = match mode {
+            Mode::Auto => Way::Auto,
+            Mode::Native => Way::Native,
+            Mode::Precopy => Way::Precopy,
+            Mode::Postcopy => Way::Postcopy,
+            Mode::Hybrid => Way::Hybrid,
+        };
+        match &source.cannot_track {
+            Some(why) if way == Way::Auto => {
+                let way = if limits.allow_postcopy { Way::Postcopy } else { Way::Native };
+                Ok(Self { way, notes: vec![format!("no rounds of pre-copy: {why}")] })
+            }
+            Some(why) if way.has_rounds() => Err(format!(
+                "{mode} needs to know which pages are written, and the source cannot tell: {why}; use native or postcopy"
+            )),
+            _ => Ok(Self { way, notes: Vec::new() }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn choose(
+        mode: Mode,
+        allow_postcopy: bool,
+        source: &Abilities,
+        target: &Abilities,
+    ) -> Result<Plan, String> {
+        Plan::choose(mode, &Limits { allow_postcopy, ..Limits::default() }, source, target)
+    }
+
+    #[test]
+    fn hosts_that_can_do_everything_do_what_is_asked() {
+        let able = Abilities::default();
+        for mode in Mode::ALL {
+            let plan = choose(mode, false, &able, &able).unwrap();
+            assert!(plan.notes.is_empty() && plan.way.has_rounds() == mode.has_rounds());
+        }
+    }
+
+    #[test]
+    fn without_tracking_rounds_are_refused_and_auto_does_without() {
+        let (able, blind) = (
+            Abilities::default(),
+            Abilities { cannot_track: Some("kernel 6.7 is needed".to_owned()), ..Abilities::default() },
+        );
+        for mode in [Mode::Precopy, Mode::Hybrid] {
+            assert!(choose(mode, true, &blind, &able).unwrap_err().contains("kernel 6.7"));
+        }
+        let plan = choose(Mode::Auto, true, &blind, &able).unwrap();
+        assert!(plan.way == Way::Postcopy && plan.notes[0].contains("kernel 6.7"));
+        assert_eq!(choose(Mode::Auto, false, &blind, &able).unwrap().way, Way::Native);
+        assert_eq!(choose(Mode::Native, false, &blind, &able).unwrap().notes, Vec::<String>::new());
+    }
+
+    #[test]
+    fn without_hiding_or_serving_pages_go_the_old_way_and_the_report_says_so() {
+        let able = Abilities::default();
+        let source = Abilities { cannot_hide: Some("no seccomp".to_owned()), ..Abilities::default() };
+        let target = Abilities { cannot_serve: Some("no userfaultfd".to_owned()), ..Abilities::default() };
+        for mode in Mode::ALL {
+            let plan = choose(mode, false, &source, &able).unwrap();
+            assert!(plan.way == Way::InImages && plan.notes[0].contains("no seccomp"));
+            let plan = choose(mode, false, &able, &target).unwrap();
+            assert!(plan.way == Way::InImages && plan.notes[0].contains("no userfaultfd"));
+        }
+    }
+}

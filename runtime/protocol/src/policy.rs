@@ -1,0 +1,235 @@
+//! When to switch over: what a round of pre-copy showed decides what comes next.
+//!
+//! ```text
+//! scan ──► on_round(stats) ──► NextRound | SwitchOver | GoPostcopy | Abort
+//! ```
+//! A decision is made after a scan, so that what would have to be sent in the freeze is counted and not guessed:
+//! only what is written between that scan and the freeze comes on top. The downtime to be expected is that
+//! amount at the bandwidth of the rounds, and the fixed cost of a freeze, dump and restore, which the caller knows
+//! from earlier moves.
+//!
+//! Rounds *converge* while each leaves clearly less to send than the one before ([`SHRINK`]).
+
+use std::fmt::Debug;
+use std::time::Duration;
+
+use crate::plan::Way;
+use crate::request::Limits;
+
+/// What is known after a round and the scan that followed it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RoundStats {
+    /// The round that ended, from 0.
+    pub round: u32,
+    /// Time since the first round began.
+    pub elapsed: Duration,
+    /// Bytes of contents a second that the target had in this round.
+    pub bytes_per_s: f64,
+    /// Bytes that were written since the scan before: what the next round, or the freeze, has to send.
+    pub pending_bytes: u64,
+    /// What a switchover costs beside the pages.
+    pub fixed: Duration,
+}
+
+impl RoundStats {
+    /// Returns the downtime to be expected if the container were frozen now and all pages sent.
+    #[must_use]
+    pub fn expected_downtime(&self) -> Duration {
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let transfer_s = self.pending_bytes as f64 / self.bytes_per_s.max(1.0);
+        self.fixed + Duration::try_from_secs_f64(transfer_s).unwrap_or(Duration::MAX / 2)
+    }
+}
+
+/// What comes next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Another round.
+    NextRound,
+    /// Freeze, and send the rest.
+    SwitchOver,
+    /// Freeze, and let the rest travel after the container runs on the target.
+    GoPostcopy,
+    /// Give up: the container goes on where it is.
+    Abort {
+        /// Why, with the numbers.
+        cause: String,
+    },
+}
+
+/// Decides after each round.
+pub trait Policy: Debug + Send {
+    /// Takes what a round showed and says what comes next.
+    fn on_round(&mut self, stats: &RoundStats) -> Verdict;
+}
+
+/// Returns the policy of a way that has rounds.
+#[must_use]
+pub fn of(way: Way, limits: Limits) -> Box<dyn Policy> {
+    Box::new(Converging { way, limits, best: None, before: None, stalled: 0 })
+}
+
+/// Goes on while rounds converge, and takes what `way` and limits allow when they do not.
+#[derive(Debug)]
+struct Converging {
+    way: Way,
+    limits: Limits,
+    /// The shortest downtime that any round promised.
+    best: Option<Duration>,
+    before: Option<u64>,
+    /// Rounds running that did not converge.
+    stalled: u32,
+}
+
+impl Policy for Converging {
+    fn on_round(&mut self, stats: &RoundStats) -> Verdict {
+        let expected = stats.expected_downtime();
+        let limit = Duration::from_millis(self.limits.downtime_limit_ms.into());
+        let best = self.best.map_or(expected, |best| best.min(expected));
+        self.best = Some(best);
+        let shrank = self.before.is_none_or(|before| {
+            #[expect(clippy::cast_precision_loss, reason = "a comparison of amounts")]
+            let (now, before) = (stats.pending_bytes as f64, before as f64);
+            now < before * SHRINK
+        });
+        self.before = Some(stats.pending_bytes);
+        self.stalled = if shrank { 0 } else { self.stalled + 1 };
+
+        let spent = stats.round + 1 >= self.limits.max_rounds
+            || stats.elapsed >= Duration::from_secs(self.limits.timeout_s.into());
+        let stalled = self.stalled >= STALLED_MAX;
+        // What is left is little beside what a freeze costs anyhow: another round would gain nothing.
+        let enough = expected <= limit && expected <= stats.fixed.mul_f64(1.0 + WORTH);
+        match self.way {
+            _ if enough => Verdict::SwitchOver,
+            Way::Hybrid if stalled || spent || expected <= limit => Verdict::GoPostcopy,
+            Way::Precopy if stalled || spent => Verdict::SwitchOver,
+            // As good as it gets: it does not converge any further.
+            _ if expected <= limit && (self.stalled > 0 || spent) => Verdict::SwitchOver,
+            Way::Auto if (stalled || spent) && self.limits.allow_postcopy => Verdict::GoPostcopy,
+            Way::Auto if stalled && !spent && near(expected, best) && expected <= limit * TOLERABLE => {
+                Verdict::SwitchOver
+            }
+            Way::Auto if spent && near(expected, best) && expected <= limit * TOLERABLE => {
+                Verdict::SwitchOver
+            }
+            Way::Auto if spent => Verdict::Abort { cause: self.numbers(stats, best) },
+            _ => Verdict::NextRound,
+        }
+    }
+}
+
+impl Converging {
+    fn numbers(&self, stats: &RoundStats, best: Duration) -> String {
+        format!(
+            "pre-copy does not converge: after {} rounds and {:.1} s, {:.1} MB are written again each round and {:.1} MB/s \
+             reach the target, so the container would be down for {:.0} ms ({:.0} at best), and {} are allowed; raise \
+             --downtime-limit or --timeout, or use --allow-postcopy",
+            stats.round + 1,
+            stats.elapsed.as_secs_f64(),
+            mb(stats.pending_bytes),
+            stats.bytes_per_s / 1e6,
+            stats.expected_downtime().as_secs_f64() * 1e3,
+            best.as_secs_f64() * 1e3,
+            self.limits.downtime_limit_ms,
+        )
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a number for people")]
+fn mb(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
+}
+
+fn near(expected: Duration, best: Duration) -> bool {
+    expected <= best.mul_f64(NEAR)
+}
+
+/// A round that leaves more than this part of what the one before left has not converged.
+pub const SHRINK: f64 = 0.8;
+/// After so many rounds running that did not converge, none will.
+pub const STALLED_MAX: u32 = 3;
+/// A round that saves less than this part of the fixed cost is not worth it.
+const WORTH: f64 = 0.1;
+/// An expected downtime this much above the best seen is as good as the best.
+const NEAR: f64 = 1.25;
+/// Without post-copy, `auto` takes a downtime of up to so many times the limit rather than give up.
+pub const TOLERABLE: u32 = 4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MB: u64 = 1_000_000;
+
+    /// Runs rounds of a program that writes `written(round)` bytes in each, at 1 GB/s; returns the last verdict, and
+    /// after how many rounds.
+    fn run(way: Way, limits: Limits, written: impl Fn(u32) -> u64) -> (Verdict, u32) {
+        let mut policy = of(way, limits);
+        for round in 0..10_000 {
+            let stats = RoundStats {
+                round,
+                elapsed: Duration::from_secs(u64::from(round)),
+                bytes_per_s: 1e9,
+                pending_bytes: written(round),
+                fixed: Duration::from_millis(100),
+            };
+            match policy.on_round(&stats) {
+                Verdict::NextRound => {}
+                verdict => return (verdict, round + 1),
+            }
+        }
+        panic!("no end");
+    }
+
+    #[test]
+    fn an_idle_program_takes_one_round() {
+        for way in [Way::Precopy, Way::Hybrid, Way::Auto] {
+            assert_eq!(run(way, Limits::default(), |_| 0), (Verdict::SwitchOver, 1));
+        }
+    }
+
+    #[test]
+    fn rounds_that_converge_go_on_until_another_gains_nothing() {
+        let (verdict, rounds) = run(Way::Auto, Limits::default(), |round| (1000 * MB) >> round);
+        assert_eq!(verdict, Verdict::SwitchOver);
+        assert!((6..=9).contains(&rounds), "{rounds}");
+    }
+
+    #[test]
+    fn a_small_working_set_is_taken_once_it_stops_shrinking() {
+        let limits = Limits::default();
+        for way in [Way::Precopy, Way::Auto] {
+            let (verdict, rounds) = run(way, limits, |_| 100 * MB);
+            assert_eq!(verdict, Verdict::SwitchOver);
+            assert!(rounds <= 1 + STALLED_MAX);
+        }
+        assert_eq!(run(Way::Hybrid, limits, |_| 100 * MB), (Verdict::GoPostcopy, 1));
+    }
+
+    #[test]
+    fn a_writer_faster_than_the_link_ends_as_the_way_and_the_limits_say() {
+        let limits = Limits::default();
+        let fast = |_| 5000 * MB;
+        assert_eq!(run(Way::Precopy, limits, fast).0, Verdict::SwitchOver);
+        assert_eq!(run(Way::Hybrid, limits, fast).0, Verdict::GoPostcopy);
+        let allowed = Limits { allow_postcopy: true, ..limits };
+        assert_eq!(run(Way::Auto, allowed, fast).0, Verdict::GoPostcopy);
+        let (verdict, rounds) = run(Way::Auto, limits, fast);
+        let Verdict::Abort { cause } = verdict else { panic!("{verdict:?}") };
+        assert!(cause.contains("5000.0 MB") && cause.contains("300 are allowed"), "{cause}");
+        assert_eq!(rounds, limits.max_rounds);
+    }
+
+    #[test]
+    fn a_bit_more_than_the_limit_is_better_than_giving_up() {
+        assert_eq!(run(Way::Auto, Limits::default(), |_| 400 * MB).0, Verdict::SwitchOver);
+    }
+
+    #[test]
+    fn the_time_limit_ends_rounds_too() {
+        let limits = Limits { timeout_s: 3, ..Limits::default() };
+        let (verdict, rounds) = run(Way::Auto, limits, |_| 5000 * MB);
+        assert!(matches!(verdict, Verdict::Abort { .. }) && rounds == 4, "{verdict:?} {rounds}");
+    }
+}
