@@ -1,20 +1,22 @@
-//! A link changes hands: the agent that accepted it gives it to the worker that restores the container.
+//! Links change hands: the agent that accepted them gives them to the worker that restores the container.
 //!
 //! ```text
 //! worker ──connects to the incoming task's unix socket──► agent
-//! agent  ──u32 length, with the TCP socket attached, then JSON──► worker
+//! agent  ──u32 length, with the TCP socket attached, then JSON──► worker      the main link
+//! agent  ──the same, for each page stream that joins later──────► worker
 //! ```
-//! Afterwards nothing more is said; the agent keeps its end open and reads its end of file as "the worker is
-//! gone". What the worker decided is in the record (`crate::decision`).
+//! The worker says nothing; the agent keeps its end open and reads its end of file as "the worker is gone". What
+//! the worker decided is in the record (`crate::decision`).
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use godwit_protocol::offer::Needs;
+use godwit_protocol::wire::pages::StreamId;
 use godwit_protocol::{MigrationId, Mode};
 use godwit_sys::SysError;
 use godwit_sys::fdpass;
@@ -68,35 +70,82 @@ pub enum HandoverError {
     Link(#[from] LinkError),
 }
 
+/// The worker's end of its connection to the agent, to be kept until the worker is done: its end tells the agent so.
+#[derive(Debug)]
+pub struct AgentEnd(UnixStream);
+
+/// What the worker takes the page streams from that join after the main link.
+#[derive(Debug)]
+pub struct Streams(UnixStream);
+
+/// A page stream that has joined.
+#[derive(Debug)]
+pub struct JoinedStream {
+    /// Which.
+    pub stream: StreamId,
+    /// Its link, whose first frame has been read.
+    pub link: Link,
+}
+
+/// What the agent tells of a page stream.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct StreamGiven {
+    /// The number of a bulk stream; none for the fault stream.
+    bulk: Option<u8>,
+    link: LinkState,
+}
+
 /// Gives `link` to the worker at the other end of `worker`.
 ///
 /// # Errors
 /// [`HandoverError`]; the link is then closed on this side.
-pub fn give(mut worker: &UnixStream, link: Link, handover: Handover) -> Result<(), HandoverError> {
+pub fn give(worker: &UnixStream, link: Link, handover: Handover) -> Result<(), HandoverError> {
     let handover = Handover { link: link.state(), ..handover };
-    let json = serde_json::to_vec(&handover)
-        .map_err(|error| HandoverError::Malformed { what: error.to_string() })?;
+    send(worker, link, &handover)
+}
+
+/// Gives a page stream to the worker that has the main link. One at a time: the caller sees to it.
+///
+/// # Errors
+/// [`HandoverError`]; the link is then closed on this side, and nothing more can be given.
+pub fn give_stream(worker: &UnixStream, stream: StreamId, link: Link) -> Result<(), HandoverError> {
+    let bulk = match stream {
+        StreamId::Bulk(index) => Some(index),
+        StreamId::Fault => None,
+    };
+    let given = StreamGiven { bulk, link: link.state() };
+    send(worker, link, &given)
+}
+
+fn send(mut worker: &UnixStream, link: Link, what: &impl Serialize) -> Result<(), HandoverError> {
+    let json = serde_json::to_vec(what).map_err(malformed)?;
     let len = u32::try_from(json.len()).unwrap_or(u32::MAX);
     worker.set_write_timeout(Some(HANDOVER_MAX))?;
-    fdpass::send(worker, &len.to_le_bytes(), &[link.as_fd()])?;
+    let sent = fdpass::send(worker, &len.to_le_bytes(), &[link.as_fd()])?;
+    worker.write_all(&len.to_le_bytes()[sent..])?;
     worker.write_all(&json)?;
     // The agent's copy has to go: the source sees the end of the link when the worker, its only holder, dies.
     drop(link);
     Ok(())
 }
 
-/// Takes the link that the agent at `path` has for this worker, and the connection to the agent, to be kept
-/// open until the worker is done.
+/// Takes the link that the agent at `path` has for this worker, and the connection to the agent.
 ///
 /// # Errors
 /// [`HandoverError`].
-pub fn take(path: &Path) -> Result<(Link, Handover, UnixStream), HandoverError> {
+pub fn take(path: &Path) -> Result<(Link, Handover, AgentEnd), HandoverError> {
     let connected = UnixStream::connect(path);
-    let mut agent = connected.map_err(|source| HandoverError::Connect { path: path.to_owned(), source })?;
+    let agent = connected.map_err(|source| HandoverError::Connect { path: path.to_owned(), source })?;
     agent.set_read_timeout(Some(HANDOVER_MAX))?;
+    let (socket, json) = receive(&agent)?;
+    let handover: Handover = serde_json::from_slice(&json).map_err(malformed)?;
+    let link = Link::resume(socket, handover.link)?;
+    Ok((link, handover, AgentEnd(agent)))
+}
+
+fn receive(mut agent: &UnixStream) -> Result<(TcpStream, Vec<u8>), HandoverError> {
     let mut len = [0; 4];
-    let received = fdpass::receive(&agent, &mut len)?;
-    let malformed = |what: &str| HandoverError::Malformed { what: what.to_owned() };
+    let received = fdpass::receive(agent, &mut len)?;
     let [socket] = <[_; 1]>::try_from(received.fds).map_err(|_| malformed("not one descriptor"))?;
     if received.length_bytes != len.len() {
         return Err(malformed("the length is cut short"));
@@ -106,11 +155,49 @@ pub fn take(path: &Path) -> Result<(Link, Handover, UnixStream), HandoverError> 
         return Err(malformed("it is longer than its maximum"));
     }
     let mut json = vec![0; len];
+    agent.set_read_timeout(Some(HANDOVER_MAX))?;
     agent.read_exact(&mut json)?;
-    let handover: Handover = serde_json::from_slice(&json)
-        .map_err(|error| HandoverError::Malformed { what: error.to_string() })?;
-    let link = Link::resume(TcpStream::from(socket), handover.link)?;
-    Ok((link, handover, agent))
+    Ok((TcpStream::from(socket), json))
+}
+
+impl AgentEnd {
+    /// Returns what takes the page streams that join.
+    ///
+    /// # Errors
+    /// [`HandoverError::Broken`] without a descriptor left.
+    pub fn streams(&self) -> Result<Streams, HandoverError> {
+        Ok(Streams(self.0.try_clone()?))
+    }
+}
+
+impl Drop for AgentEnd {
+    fn drop(&mut self) {
+        // Also what takes streams ends, and with it the last copy of the descriptor. A socket that is not
+        // connected any more is what is wanted.
+        drop(self.0.shutdown(Shutdown::Both));
+    }
+}
+
+impl Streams {
+    /// Waits for the next page stream; `None` when the agent, or this worker, has ended the connection.
+    ///
+    /// # Errors
+    /// [`HandoverError`]; nothing more can be taken then.
+    pub fn take(&mut self) -> Result<Option<JoinedStream>, HandoverError> {
+        // Between two streams any time may pass.
+        self.0.set_read_timeout(None)?;
+        let (socket, json) = match receive(&self.0) {
+            Err(HandoverError::Socket(SysError::Closed)) => return Ok(None),
+            received => received?,
+        };
+        let StreamGiven { bulk, link } = serde_json::from_slice(&json).map_err(malformed)?;
+        let stream = bulk.map_or(StreamId::Fault, StreamId::Bulk);
+        Ok(Some(JoinedStream { stream, link: Link::resume(socket, link)? }))
+    }
+}
+
+fn malformed(what: impl ToString) -> HandoverError {
+    HandoverError::Malformed { what: what.to_string() }
 }
 
 const HANDOVER_MAX: Duration = Duration::from_secs(30);
@@ -135,7 +222,13 @@ mod tests {
             let (mut link, handover, agent) = take(&path).unwrap();
             assert_eq!(link.receive().unwrap(), Message::BlobsEnd);
             link.send(&Message::Ready { room_bytes: 1 }).unwrap();
-            (handover, agent)
+            let mut streams = agent.streams().unwrap();
+            for expected in [StreamId::Bulk(3), StreamId::Fault] {
+                let mut joined = streams.take().unwrap().unwrap();
+                assert_eq!(joined.stream, expected);
+                assert_eq!(joined.link.receive().unwrap(), Message::StreamMark { round: 7 });
+            }
+            (handover, agent, streams)
         });
         let tcp = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let address = tcp.local_addr().unwrap();
@@ -144,6 +237,11 @@ mod tests {
             link.send(&Message::Commit).unwrap();
             link.send(&Message::BlobsEnd).unwrap();
             assert_eq!(link.receive().unwrap(), Message::Ready { room_bytes: 1 });
+            for _ in 0..2 {
+                let mut link = Link::connect("127.0.0.1", address.port()).unwrap();
+                link.send(&Message::Received).unwrap();
+                link.send(&Message::StreamMark { round: 7 }).unwrap();
+            }
         });
         let mut link = Link::accept(tcp.accept().unwrap().0).unwrap();
         assert_eq!(link.receive().unwrap(), Message::Commit);
@@ -157,10 +255,17 @@ mod tests {
         };
         let (connection, _) = agent.accept().unwrap();
         give(&connection, link, handover.clone()).unwrap();
+        for stream in [StreamId::Bulk(3), StreamId::Fault] {
+            let mut link = Link::accept(tcp.accept().unwrap().0).unwrap();
+            assert_eq!(link.receive().unwrap(), Message::Received);
+            give_stream(&connection, stream, link).unwrap();
+        }
         source.join().unwrap();
-        let (taken, held) = worker.join().unwrap();
+        let (taken, held, mut streams) = worker.join().unwrap();
         assert_eq!(taken, handover);
+        let waiting = thread::spawn(move || streams.take().unwrap().is_none());
         drop(held);
+        assert!(waiting.join().unwrap(), "the end of the worker ends the waiting for streams");
         let mut rest = Vec::new();
         (&connection).read_to_end(&mut rest).unwrap();
         assert!(rest.is_empty());

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! link       frames over TCP
-//! handover   a link from the agent to the target's worker
+//! handover   links from the agent to the target's worker
+//! pages      memory on connections of its own
 //! rootfs     the writable layer, read and applied
 //! source     the worker that gives a container away
 //! target     the worker that takes a container
@@ -17,6 +18,7 @@ pub mod decision;
 pub mod handover;
 pub mod image_dir;
 pub mod link;
+pub mod pages;
 pub mod rootfs;
 pub mod source;
 pub mod target;

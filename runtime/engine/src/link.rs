@@ -268,13 +268,26 @@ impl SendHalf {
     /// [`LinkError::Wire`] if the message exceeds its maximum (nothing was sent then), [`LinkError::Closed`] or
     /// [`LinkError::Lost`] if the peer is gone.
     pub fn send(&mut self, message: &Message<'_>) -> Result<(), LinkError> {
+        self.send_scattered(message, &[])
+    }
+
+    /// Sends one message whose content goes on in `parts`: what lies apart in memory is one frame.
+    ///
+    /// # Errors
+    /// As [`SendHalf::send`].
+    pub fn send_scattered(&mut self, message: &Message<'_>, parts: &[&[u8]]) -> Result<(), LinkError> {
         self.head.clear();
         let (kind, bulk) = message.encode(&mut self.head)?;
-        let header = FrameHeader::seal(kind, self.seq, &self.head, bulk)?.to_bytes();
-        let mut slices = [IoSlice::new(&header), IoSlice::new(&self.head), IoSlice::new(bulk)];
+        let mut payload = Vec::with_capacity(parts.len() + 2);
+        payload.extend([self.head.as_slice(), bulk]);
+        payload.extend(parts);
+        let header = FrameHeader::seal_parts(kind, self.seq, &payload)?.to_bytes();
+        let mut slices = Vec::with_capacity(payload.len() + 1);
+        slices.push(IoSlice::new(&header));
+        slices.extend(payload.iter().map(|part| IoSlice::new(part)));
+        let frame_bytes: usize = slices.iter().map(|slice| slice.len()).sum();
         write_all_vectored(&self.socket, &mut slices).map_err(lost_or_closed)?;
         self.seq = self.seq.wrapping_add(1);
-        let frame_bytes = header.len() + self.head.len() + bulk.len();
         self.sent_bytes.fetch_add(frame_bytes as u64, Ordering::Relaxed);
         Ok(())
     }
@@ -362,6 +375,12 @@ impl Breaker {
     pub fn stop_sending(&self) {
         // A socket that is not connected any more is past it.
         drop(self.0.shutdown(Shutdown::Write));
+    }
+
+    /// Ends this end's receiving: a receive that waits ends as if the peer had closed the link.
+    pub fn stop_receiving(&self) {
+        // A socket that is not connected any more is past it.
+        drop(self.0.shutdown(Shutdown::Read));
     }
 
     /// Ends the link: both ends' pending and later calls fail.

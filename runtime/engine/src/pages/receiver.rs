@@ -1,0 +1,329 @@
+//! The target's end of the page streams: a thread each, into the store.
+//!
+//! ```text
+//! agent ──► take thread ── joined stream ──► stream thread ── Pages ──► store.put ──► on_pages
+//!                                                 │           Zero, Absent ► store.forget ► on_zero
+//!                                                 └────────── StreamMark ─► on_mark, once all streams have it
+//! ```
+//! Locks: the marks are held while `on_mark` is called, so that rounds are told in order; nothing else is held while
+//! another's code runs.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use godwit_memory::PageRange;
+use godwit_memory::fault::MemoryStore;
+use godwit_protocol::wire::Message;
+use godwit_protocol::wire::pages::{BULK_STREAMS_MAX, ROUND_LAST, Run, StreamId};
+
+use super::PagesError;
+use super::share;
+use super::streams::lock;
+use crate::handover::{JoinedStream, Streams};
+use crate::link::{Breaker, LinkError, ReceiveHalf, SendHalf};
+
+/// Who is told of what comes; from the streams' threads, which wait meanwhile.
+pub trait Arrivals: Send + Sync {
+    /// Everything of `round` has come, and is in the store. [`ROUND_LAST`]: nothing follows on any stream.
+    fn on_mark(&self, round: u32);
+
+    /// Pages with contents are in the store.
+    fn on_pages(&self, space: i32, pages: PageRange);
+
+    /// Pages hold only zeros, or are not there; they are not in the store.
+    fn on_zero(&self, space: i32, pages: PageRange);
+
+    /// The streams are broken, once.
+    fn on_error(&self, error: PagesError);
+}
+
+/// Receives the pages of one migration. Stopped on drop, which waits for the threads: not to be dropped by
+/// [`Arrivals`].
+pub struct PageReceiver {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    bulk_count: u8,
+    store: Arc<MemoryStore>,
+    arrivals: Arc<dyn Arrivals>,
+    streams: Mutex<Joined>,
+    marks: Mutex<Marks>,
+    /// The sending half of the fault stream, once it has joined.
+    requests: Mutex<Option<SendHalf>>,
+    received_bytes: AtomicU64,
+    /// Failed or stopped: what follows is no news.
+    over: AtomicBool,
+}
+
+#[derive(Default)]
+struct Joined {
+    streams: Vec<(StreamId, Breaker)>,
+    threads: Vec<thread::JoinHandle<()>>,
+    closed: bool,
+}
+
+impl PageReceiver {
+    /// Begins to take streams from the agent: `bulk_count` of them and the fault stream.
+    ///
+    /// # Errors
+    /// [`PagesError::Thread`].
+    pub fn start(
+        mut streams: Streams,
+        bulk_count: u8,
+        store: Arc<MemoryStore>,
+        arrivals: Arc<dyn Arrivals>,
+    ) -> Result<Self, PagesError> {
+        let bulk_count = bulk_count.clamp(1, BULK_STREAMS_MAX);
+        let shared = Arc::new(Shared {
+            bulk_count,
+            store,
+            arrivals,
+            streams: Mutex::default(),
+            marks: Mutex::new(Marks::of(bulk_count)),
+            requests: Mutex::default(),
+            received_bytes: AtomicU64::new(0),
+            over: AtomicBool::new(false),
+        });
+        let taking = Arc::clone(&shared);
+        // Ends with the worker's connection to the agent, so nobody waits for it.
+        let body = move || loop {
+            match streams.take() {
+                Ok(Some(joined)) => {
+                    if let Err(error) = taking.join(joined) {
+                        taking.fail(error);
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => return taking.fail(error.into()),
+            }
+        };
+        thread::Builder::new().name("page streams".to_owned()).spawn(body).map_err(PagesError::Thread)?;
+        Ok(Self { shared })
+    }
+
+    /// Asks the source for pages that a task waits for. They come as all pages do.
+    ///
+    /// # Errors
+    /// [`PagesError::NoFaultStream`], [`PagesError::Link`].
+    pub fn request(&self, space: i32, pages: PageRange) -> Result<(), PagesError> {
+        let mut requests = lock(&self.shared.requests);
+        let Some(link) = requests.as_mut() else {
+            return Err(PagesError::NoFaultStream { space, address: pages.start() });
+        };
+        for run in share::runs(pages) {
+            let sent = link.send(&Message::PageRequest { space, run });
+            sent.map_err(|source| PagesError::Link { stream: StreamId::Fault, source })?;
+        }
+        Ok(())
+    }
+
+    /// Returns the bytes of contents received so far.
+    #[must_use]
+    pub fn received_bytes(&self) -> u64 {
+        self.shared.received_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Ends all streams; nothing is told any more.
+    pub fn stop(&self) {
+        self.shared.over.store(true, Ordering::Relaxed);
+        self.shared.break_links();
+    }
+}
+
+impl Drop for PageReceiver {
+    fn drop(&mut self) {
+        self.stop();
+        let threads = std::mem::take(&mut lock(&self.shared.streams).threads);
+        for thread in threads {
+            if thread.join().is_err() {
+                log::error!("a thread that receives pages panicked");
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for PageReceiver {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Shared { bulk_count, received_bytes, over, .. } = &*self.shared;
+        formatter
+            .debug_struct("PageReceiver")
+            .field("bulk_count", bulk_count)
+            .field("received_bytes", received_bytes)
+            .field("over", over)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// Starts a thread for a stream that is due.
+    fn join(self: &Arc<Self>, JoinedStream { stream, link }: JoinedStream) -> Result<(), PagesError> {
+        let mut joined = lock(&self.streams);
+        let is_due = match stream {
+            StreamId::Bulk(index) => index < self.bulk_count,
+            StreamId::Fault => true,
+        };
+        if !is_due || joined.streams.iter().any(|(other, _)| *other == stream) {
+            return Err(PagesError::NotDue { stream });
+        }
+        if joined.closed {
+            link.breaker().break_link();
+            return Ok(());
+        }
+        joined.streams.push((stream, link.breaker()));
+        let (send, receive) = link.split();
+        if stream == StreamId::Fault {
+            *lock(&self.requests) = Some(send);
+        }
+        let shared = Arc::clone(self);
+        let body = move || {
+            if let Err(error) = shared.receive(stream, receive) {
+                shared.fail(error);
+            }
+        };
+        let thread =
+            thread::Builder::new().name(super::name(stream)).spawn(body).map_err(PagesError::Thread)?;
+        joined.threads.push(thread);
+        Ok(())
+    }
+
+    /// Body of a stream's thread.
+    fn receive(&self, stream: StreamId, mut link: ReceiveHalf) -> Result<(), PagesError> {
+        let broke = |source| PagesError::Link { stream, source };
+        let mut ended = false;
+        loop {
+            match link.receive() {
+                Err(LinkError::Closed) if ended => return Ok(()),
+                Err(error) => return Err(broke(error)),
+                Ok(Message::Abort { detail }) => {
+                    return Err(PagesError::Aborted { detail: detail.to_owned() });
+                }
+                Ok(other) if ended => {
+                    let expected = "the end of the stream";
+                    return Err(broke(LinkError::Unexpected { kind: other.kind(), expected }));
+                }
+                Ok(Message::Pages { space, runs, bytes }) => self.keep(stream, space, &runs, bytes)?,
+                Ok(Message::ZeroPages { space, runs } | Message::AbsentPages { space, runs }) => {
+                    for pages in self.ranges(stream, space, &runs) {
+                        let pages = pages?;
+                        self.store.forget(space, pages);
+                        self.arrivals.on_zero(space, pages);
+                    }
+                }
+                Ok(Message::StreamMark { round }) => {
+                    ended = round == ROUND_LAST;
+                    self.mark(stream, round)?;
+                }
+                Ok(other) => {
+                    return Err(broke(LinkError::Unexpected { kind: other.kind(), expected: "pages" }));
+                }
+            }
+        }
+    }
+
+    fn keep(&self, stream: StreamId, space: i32, runs: &[Run], bytes: &[u8]) -> Result<(), PagesError> {
+        let mut rest = bytes;
+        for pages in self.ranges(stream, space, runs) {
+            let pages = pages?;
+            // Decoding has compared the runs with the contents.
+            let len = usize::try_from(pages.bytes()).unwrap_or(usize::MAX).min(rest.len());
+            let (contents, later) = rest.split_at(len);
+            self.store.put(space, pages.start(), contents)?;
+            self.arrivals.on_pages(space, pages);
+            rest = later;
+        }
+        self.received_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The runs' pages, each checked to be on its own stream.
+    fn ranges(
+        &self,
+        stream: StreamId,
+        space: i32,
+        runs: &[Run],
+    ) -> impl Iterator<Item = Result<PageRange, PagesError>> {
+        runs.iter().filter_map(|run| share::range(*run)).map(move |pages| {
+            match share::stranger(space, pages, stream, self.bulk_count) {
+                Some(address) => Err(PagesError::WrongStream { space, address, stream }),
+                None => Ok(pages),
+            }
+        })
+    }
+
+    fn mark(&self, stream: StreamId, round: u32) -> Result<(), PagesError> {
+        let mut marks = lock(&self.marks);
+        if let Some(round) = marks.set(stream, round)? {
+            self.arrivals.on_mark(round);
+        }
+        Ok(())
+    }
+
+    /// The first failure is told, and ends all streams.
+    fn fail(&self, error: PagesError) {
+        if !self.over.swap(true, Ordering::Relaxed) {
+            self.arrivals.on_error(error);
+        }
+        self.break_links();
+    }
+
+    fn break_links(&self) {
+        let mut joined = lock(&self.streams);
+        joined.closed = true;
+        joined.streams.iter().for_each(|(_, breaker)| breaker.break_link());
+    }
+}
+
+/// How far each stream has come.
+#[derive(Debug)]
+struct Marks {
+    bulk: Vec<Option<u32>>,
+    fault: Option<u32>,
+    told: Option<u32>,
+}
+
+impl Marks {
+    fn of(bulk_count: u8) -> Self {
+        Self { bulk: vec![None; usize::from(bulk_count)], fault: None, told: None }
+    }
+
+    /// Sets a stream's mark; returns the round that has come on all of them now, if it is a new one.
+    fn set(&mut self, stream: StreamId, round: u32) -> Result<Option<u32>, PagesError> {
+        let mark = match stream {
+            StreamId::Bulk(index) => self.bulk.get_mut(usize::from(index)),
+            StreamId::Fault => Some(&mut self.fault),
+        };
+        let mark = mark.ok_or(PagesError::NotDue { stream })?;
+        if let Some(before) = mark.filter(|before| *before >= round) {
+            return Err(PagesError::Mark { stream, round, before });
+        }
+        *mark = Some(round);
+        let all = self.bulk.iter().copied().min().flatten();
+        let all = all.filter(|all| *all != ROUND_LAST || self.fault == Some(ROUND_LAST));
+        let news = all.filter(|_| all > self.told);
+        self.told = self.told.max(all);
+        Ok(news)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_round_is_told_when_the_slowest_stream_has_it() {
+        let mut marks = Marks::of(2);
+        let mut set = |stream, round| marks.set(stream, round).map_err(|error| error.to_string());
+        let (one, two) = (StreamId::Bulk(0), StreamId::Bulk(1));
+        assert_eq!(set(one, 0), Ok(None));
+        assert_eq!(set(one, 1), Ok(None));
+        assert_eq!(set(two, 0), Ok(Some(0)));
+        assert_eq!(set(two, 1), Ok(Some(1)));
+        assert_eq!(set(one, 1), Err("round 1 was marked after round 1 on page stream 0".to_owned()));
+        assert_eq!(set(one, ROUND_LAST), Ok(None));
+        assert_eq!(set(two, ROUND_LAST), Ok(None));
+        assert_eq!(set(StreamId::Fault, ROUND_LAST), Ok(Some(ROUND_LAST)));
+        assert!(set(StreamId::Bulk(2), 0).is_err());
+    }
+}
