@@ -5,6 +5,7 @@
 //!                                  blobs ──► image, snapshot, record, task (Arrival)
 //!                                  task's worker connects ──► the link is handed to it
 //!                                  task has started, or not ──► settled as the migration's record says
+//!                       JoinStream ──► handed to the worker of its migration
 //!                       FateQuery ──► the record's answer
 //! ```
 //! One thread a connection, at most [`CONNECTIONS_MAX`] of them; every wait has a limit, every size from the peer
@@ -17,9 +18,10 @@
 mod blobs;
 mod connection;
 mod migration;
+mod streams;
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs::{self, DirBuilder, File},
     io,
     net::{SocketAddr, TcpListener, TcpStream},
@@ -82,6 +84,8 @@ struct State {
     connections: usize,
     leaving: bool,
     migrations: HashSet<MigrationId>,
+    /// Workers that page streams may join.
+    workers: HashMap<MigrationId, Arc<Mutex<streams::Worker>>>,
     /// Links that no worker has yet, by connection number; breaking one ends its migration.
     links: Vec<(u64, Breaker)>,
     next: u64,

@@ -12,7 +12,7 @@ use godwit_protocol::{
     wire::{Message, Reject, RejectCode},
 };
 
-use super::{Seat, migration};
+use super::{Seat, migration, streams};
 use crate::{NodeError, target};
 
 /// Why a connection did not end well; for the log, since the peer has been told.
@@ -39,8 +39,13 @@ pub(super) fn serve(seat: &Seat, socket: TcpStream) -> Result<(), ConnectionErro
     link.set_silence_max(Some(FIRST_MESSAGE_MAX))?;
     let first = match link.receive() {
         Ok(Message::Offer(offer)) => Ok(Some(*offer)),
+        Ok(Message::JoinStream { migration, stream }) => {
+            return streams::join(seat, link, &migration, stream);
+        }
         Ok(Message::FateQuery { migration }) => return answer(seat, &mut link, &migration),
-        Ok(other) => Err(LinkError::Unexpected { kind: other.kind(), expected: "an offer or a question" }),
+        Ok(other) => {
+            Err(LinkError::Unexpected { kind: other.kind(), expected: "an offer, a stream or a question" })
+        }
         Err(LinkError::Closed) => Ok(None),
         Err(error) => Err(error),
     };

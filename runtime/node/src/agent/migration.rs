@@ -31,6 +31,7 @@ use godwit_protocol::{
 use super::{
     Claim, Seat, blobs,
     connection::{ConnectionError, decline},
+    streams::Entry,
 };
 use crate::{
     Containerd, NodeError,
@@ -261,13 +262,14 @@ impl Meeting {
             link: link.state(),
         };
         seat.reclaim();
-        let given = handover::give(&self.worker, link, handover);
+        let give = |worker: &UnixStream| handover::give(worker, link, handover);
+        let (entry, given) = Entry::enter(seat, &migration, self.worker, give);
         if let Err(error) = &given {
             log::warn!(migration:%; "{error}");
         }
-        // Held until here: the end of this connection tells nobody anything, but its worker may look at it.
+        // Entered until here: page streams join while the migration lasts.
         let started = self.started.recv();
-        drop(self.worker);
+        drop(entry);
         let fate = self.arrival.settle(&self.record);
         match (fate, started) {
             (Ok(FateAnswer::Here), started) => {

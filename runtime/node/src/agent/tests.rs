@@ -8,12 +8,14 @@ use std::{
 
 use godwit_engine::{
     decision::Record,
+    handover::{self, Handover},
     link::{Link, LinkError},
 };
 use godwit_protocol::{
+    Mode,
     fate::{Decision, FateAnswer},
-    offer::Offer,
-    wire::{FrameHeader, Hello, Kind, Message, RejectCode},
+    offer::{Needs, Offer},
+    wire::{FrameHeader, Hello, Kind, Message, RejectCode, pages::StreamId},
 };
 
 use super::*;
@@ -165,6 +167,76 @@ fn the_fate_is_what_the_record_says() {
     assert_eq!(ask("m"), FateAnswer::Here);
     record.decide(Decision::Aborted).unwrap();
     assert_eq!(ask("m"), FateAnswer::Here);
+}
+
+/// Joins a stream and returns the link and what the agent says of it.
+fn join(
+    host: &Host,
+    name: &str,
+    stream: StreamId,
+) -> (Result<Link, String>, Result<(), connection::ConnectionError>) {
+    let migration: MigrationId = name.to_owned().try_into().unwrap();
+    let (link, served) = host.serve(|socket| {
+        let mut link = Link::accept(socket).unwrap();
+        link.send(&Message::JoinStream { migration, stream }).unwrap();
+        link.send(&Message::StreamMark { round: 5 }).unwrap();
+        link
+    });
+    let mut link = link;
+    match &served {
+        Ok(()) => (Ok(link), served),
+        Err(_) => match link.receive().unwrap() {
+            Message::Abort { detail } => (Err(detail.to_owned()), served),
+            other => panic!("{other:?}"),
+        },
+    }
+}
+
+/// Goal: a page stream reaches the worker of its own migration, once, with nothing of it read, and only while the
+/// migration lasts. Method: a worker that takes its link as a real one does.
+#[test]
+fn page_streams_reach_the_worker_of_their_migration_and_no_other() {
+    let host = Host::new();
+    let directory = host.directory.path().to_owned();
+    let path = directory.join("incoming.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let worker = thread::spawn(move || handover::take(&path).unwrap());
+    let (socket, _) = listener.accept().unwrap();
+
+    let (link, _source) = {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let source = thread::spawn(move || Link::accept(near).unwrap());
+        (Link::accept(listener.accept().unwrap().0).unwrap(), source.join().unwrap())
+    };
+    let migration: MigrationId = "m".to_owned().try_into().unwrap();
+    assert!(join(&host, "m", StreamId::Fault).0.unwrap_err().contains("no migration m"));
+    let seat = Seat::take(&host.shared).unwrap();
+    let handover = Handover {
+        migration: migration.clone(),
+        id: "web".to_owned(),
+        mode: Mode::Native,
+        needs: Needs::default(),
+        records: directory,
+        link: link.state(),
+    };
+    let (entry, given) =
+        streams::Entry::enter(&seat, &migration, socket, |worker| handover::give(worker, link, handover));
+    given.unwrap();
+    let (_link, _, agent) = worker.join().unwrap();
+    let mut joined = agent.streams().unwrap();
+    for stream in [StreamId::Bulk(1), StreamId::Fault] {
+        let (_source, served) = join(&host, "m", stream);
+        served.unwrap();
+        let mut taken = joined.take().unwrap().unwrap();
+        assert_eq!(taken.stream, stream);
+        assert_eq!(taken.link.receive().unwrap(), Message::StreamMark { round: 5 });
+    }
+    assert!(join(&host, "m", StreamId::Fault).0.unwrap_err().contains("joined already"));
+    assert!(join(&host, "other", StreamId::Bulk(0)).0.unwrap_err().contains("no migration other"));
+    drop(entry);
+    assert!(joined.take().unwrap().is_none());
+    assert!(join(&host, "m", StreamId::Bulk(2)).0.unwrap_err().contains("no migration m"));
 }
 
 #[test]

@@ -1,0 +1,100 @@
+//! Page streams: connections that join a migration whose worker has the main link.
+//!
+//! A worker is entered under its migration's name before it gets the main link, and is taken out when its task has
+//! started or failed. What joins in between is given to it, each stream once, so no more than a migration has.
+
+use std::{
+    collections::BTreeSet,
+    os::unix::net::UnixStream,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use godwit_engine::{
+    handover,
+    link::{Link, LinkError},
+};
+use godwit_protocol::{
+    MigrationId,
+    wire::{Message, pages::StreamId},
+};
+
+use super::{Seat, Shared, connection::ConnectionError};
+
+/// A connection to a worker, on which one thread at a time may give.
+#[derive(Debug)]
+pub(super) struct Worker {
+    socket: UnixStream,
+    joined: BTreeSet<StreamId>,
+}
+
+/// A worker that streams may join; taken out on drop.
+#[derive(Debug)]
+pub(super) struct Entry {
+    shared: Arc<Shared>,
+    migration: MigrationId,
+}
+
+impl Entry {
+    /// Enters the worker of a migration. What joins waits until `give` has returned.
+    pub(super) fn enter<T>(
+        seat: &Seat,
+        migration: &MigrationId,
+        socket: UnixStream,
+        give: impl FnOnce(&UnixStream) -> T,
+    ) -> (Self, T) {
+        let worker = Arc::new(Mutex::new(Worker { socket, joined: BTreeSet::new() }));
+        let locked = lock(&worker);
+        let shared = Arc::clone(&seat.shared);
+        shared.state().workers.insert(migration.clone(), Arc::clone(&worker));
+        let given = give(&locked.socket);
+        drop(locked);
+        (Self { shared, migration: migration.clone() }, given)
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        // A connection that joins at this moment still holds the worker: the socket is closed by whoever is last.
+        self.shared.state().workers.remove(&self.migration);
+    }
+}
+
+/// Gives a connection to the worker of its migration.
+///
+/// # Errors
+/// [`ConnectionError`]; the peer has been told.
+pub(super) fn join(
+    seat: &Seat,
+    mut link: Link,
+    migration: &MigrationId,
+    stream: StreamId,
+) -> Result<(), ConnectionError> {
+    let worker = seat.shared.state().workers.get(migration).cloned();
+    let Some(worker) = worker else {
+        return Err(refuse(&mut link, format!("no migration {migration} takes page streams here")));
+    };
+    let mut worker = lock(&worker);
+    if !worker.joined.insert(stream) {
+        return Err(refuse(
+            &mut link,
+            format!("stream {stream:?} of migration {migration} has joined already"),
+        ));
+    }
+    link.set_silence_max(None)?;
+    seat.reclaim();
+    log::debug!(migration:%, stream:?; "a page stream joins");
+    handover::give_stream(&worker.socket, stream, link)
+        .map_err(|error| ConnectionError::Failed(format!("page stream {stream:?} was not given: {error}")))
+}
+
+fn refuse(link: &mut Link, detail: String) -> ConnectionError {
+    if let Err(error) = link.send(&Message::Abort { detail: &detail }) {
+        return LinkError::into(error);
+    }
+    ConnectionError::Failed(detail)
+}
+
+fn lock(worker: &Mutex<Worker>) -> MutexGuard<'_, Worker> {
+    // A stream counts as joined before it is given: a panic in between loses it, and the source gives up.
+    worker.lock().unwrap_or_else(PoisonError::into_inner)
+}
