@@ -185,10 +185,11 @@ impl Record {
 const WORD_LEN: usize = 10;
 
 /// The words in the file. An empty file, as it is created, matches the first.
-const DECISIONS: [(Decision, &[u8; WORD_LEN]); 4] = [
+const DECISIONS: [(Decision, &[u8; WORD_LEN]); 5] = [
     (Decision::Undecided, b"undecided\n"),
     (Decision::Aborted, b"aborted  \n"),
     (Decision::Committed, b"committed\n"),
+    (Decision::Filling, b"filling  \n"),
     (Decision::Resumed, b"resumed  \n"),
 ];
 

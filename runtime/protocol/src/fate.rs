@@ -1,17 +1,21 @@
 //! The target's record of one migration: what was decided, and how a question about it is answered.
 //!
 //! ```text
-//!             worker: COMMIT came          worker: the container runs
-//! Undecided ───────────────────► Committed ──────────────────────────► Resumed
-//!     │                              │
-//!     │ worker or agent gives up,    │ the worker could not resume, or is dead:
-//!     │ or the source asks           │ whoever finds that kills what was restored first
+//!             worker: COMMIT came          worker: the container runs, and has all of its memory
+//! Undecided ───────────────────► Committed ───────────────────────────────────────► Resumed
+//!     │                              │ │   the container runs                          ▲
+//!     │ worker or agent gives up,    │ └────────────────────────► Filling ─────────────┘
+//!     │ or the source asks           │                               the last page is in its task
+//!     │                              │ the worker could not resume, or is dead:
+//!     │                              │ whoever finds that kills what was restored first
 //!     └──────────────► Aborted ◄─────┘
 //! ```
 //! `Aborted` and `Resumed` are final. The record outlives worker and agent (`godwit_engine::decision` keeps it in
 //! a file). The worker resumes the container only after it has won the step to `Committed`, so once `Aborted` is
 //! recorded no COMMIT that is still under way can start the container: the source may go on. And the source kills
-//! its own only when told of `Resumed`: a target that dies between the two steps has lost nothing.
+//! its own only when told of `Resumed`: a target that dies between the two steps has lost nothing. While the container runs and pages
+//! are still to come the record says `Filling`, so that a source that lost the link, or a worker in the place of one
+//! that died, knows whether the target may still need the pages that only the source has.
 
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +30,9 @@ pub enum Decision {
     Aborted,
     /// The worker may let the container run and is about to.
     Committed,
-    /// The container runs here.
+    /// The container runs here, and not all of its memory has come.
+    Filling,
+    /// The container runs here, and needs nothing of the source.
     Resumed,
 }
 
@@ -38,8 +44,19 @@ pub enum FateAnswer {
     NotHere,
     /// The worker is at it: ask again.
     Pending,
+    /// The container runs on the target, and lacks pages: the source may not go on, and may kill its own only if it
+    /// knows that it has sent all of them.
+    Filling,
     /// The container runs on the target: the source may kill its own.
     Here,
+}
+
+impl FateAnswer {
+    /// Tells whether the container has run on the target: what was made for it there stays.
+    #[must_use]
+    pub const fn has_run(self) -> bool {
+        matches!(self, Self::Here | Self::Filling)
+    }
 }
 
 /// What a question does to the record.
@@ -64,6 +81,8 @@ impl Decision {
             (Self::Undecided | Self::Aborted, _) => (Self::Aborted, FateAnswer::NotHere, false),
             (Self::Committed, true) => (Self::Committed, FateAnswer::Pending, false),
             (Self::Committed, false) => (Self::Aborted, FateAnswer::NotHere, true),
+            // A worker that died here took the container with it, but it has run: there is no way back.
+            (Self::Filling, _) => (Self::Filling, FateAnswer::Filling, false),
             (Self::Resumed, _) => (Self::Resumed, FateAnswer::Here, false),
         };
         Asked { decision, answer, kill_first }
@@ -75,7 +94,8 @@ impl Decision {
         matches!(
             (self, next),
             (Self::Undecided, Self::Aborted | Self::Committed)
-                | (Self::Committed, Self::Aborted | Self::Resumed)
+                | (Self::Committed, Self::Aborted | Self::Filling | Self::Resumed)
+                | (Self::Filling, Self::Resumed)
         )
     }
 }
@@ -86,13 +106,29 @@ mod tests {
 
     #[test]
     fn what_has_been_answered_for_good_never_changes() {
-        for decision in [Decision::Undecided, Decision::Aborted, Decision::Committed, Decision::Resumed] {
+        for decision in [
+            Decision::Undecided,
+            Decision::Aborted,
+            Decision::Committed,
+            Decision::Filling,
+            Decision::Resumed,
+        ] {
             for alive in [false, true] {
                 let asked = decision.asked(alive);
                 assert!(asked.decision == decision || decision.may_become(asked.decision));
-                if asked.answer != FateAnswer::Pending {
+                if !matches!(asked.answer, FateAnswer::Pending | FateAnswer::Filling) {
                     assert_eq!(asked.decision.asked(!alive).answer, asked.answer);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn once_the_container_has_run_here_the_source_is_never_told_to_go_on() {
+        for decision in [Decision::Filling, Decision::Resumed] {
+            assert!(!decision.may_become(Decision::Aborted));
+            for alive in [false, true] {
+                assert_eq!(decision.asked(alive).decision, decision);
             }
         }
     }

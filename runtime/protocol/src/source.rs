@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! Connecting --LinkUp--> Negotiating
-//! Negotiating --Accepted--> Preparing
+//! Negotiating --Accepted [dry run]--> Done
+//! Negotiating --Accepted [no dry run]--> Preparing
 //! Preparing --Ready--> CopyingRootfs
 //! CopyingRootfs --RootfsSent--> AwaitingRootfs
 //! AwaitingRootfs --RootfsApplied [in images]--> Freezing
@@ -12,7 +13,9 @@
 //! Scanning --Scanned [next round]--> SendingRound
 //! Scanning --Scanned [switch over]--> Freezing
 //! Scanning --Scanned [give up]--> RollingBack
+//! SendingRound --RoundSent [not received]--> SendingRound
 //! SendingRound --RoundSent [received]--> Scanning
+//! SendingRound --RoundReceived [not sent]--> SendingRound
 //! SendingRound --RoundReceived [sent]--> Scanning
 //! Freezing --Froze--> Dumping
 //! Dumping --Dumped--> Transferring
@@ -25,8 +28,9 @@
 //! Committing --LinkLost--> Asking
 //! Committing --Failed--> Asking
 //! Committing --Deadline--> Asking
-//! Asking --Here [all sent]--> Killing
-//! Asking --Here [pages left]--> Rejoining
+//! Asking --Here--> Killing
+//! Asking --Filling [all sent]--> Killing
+//! Asking --Filling [pages left]--> Rejoining
 //! Asking --NotHere--> RollingBack
 //! Asking --Pending--> Asking
 //! Asking --AskFailed--> Asking
@@ -38,19 +42,23 @@
 //! Serving --Failed [pages left]--> Rejoining
 //! Serving --Deadline [all sent]--> Killing
 //! Rejoining --Rejoined--> Serving
+//! Rejoining --Here--> Killing
+//! Rejoining --MemoryComplete--> Killing
 //! Rejoining --AskFailed--> Rejoining
 //! Rejoining --Deadline--> Done
-//! Killing --Killed--> AwaitingRelease
+//! Killing --Killed [released]--> CleaningUp
+//! Killing --Killed [not released]--> AwaitingRelease
+//! Killing --Release--> Killing
 //! AwaitingRelease --Release--> CleaningUp
 //! AwaitingRelease --Deadline--> CleaningUp
 //! CleaningUp --CleanedUp--> Done
 //! RollingBack --RolledBack--> Done
 //! RollingBack --RollbackFailed--> Done
 //! ```
-//! A dry run is `Done` when it is accepted. Beside these, in every state before `Committing`: `Rejected`, `Aborted`, `LinkLost`, `Failed`, `Cancel`,
+//! Beside these, in every state before `Committing`: `Rejected`, `Aborted`, `LinkLost`, `Failed`, `Cancel`,
 //! `Deadline` and any message of the target that has no place there lead to `RollingBack`. In `Committing` and
-//! `Asking` a message out of place means that the link cannot be trusted, and the target is asked. Anything else
-//! out of place is ignored. The table in `source/table.rs` says the same, and a test holds all three together.
+//! `Serving` a message out of place means that the link cannot be trusted, as if it were lost. Anything else out of
+//! place is ignored. The table in `source/table.rs` says the same, and a test holds all three together.
 //!
 //! Invariants:
 //! - COMMIT is sent once, on the way into `Committing`. Before it every failure ends in `RunningOnSource`; after
@@ -291,8 +299,8 @@ pub enum Action {
     },
     /// Give the target the pages it lacks, those it asks for first.
     Serve,
-    /// Open link and streams again, after a pause, and learn what the target lacks. Answered by `Rejoined` or
-    /// `AskFailed`.
+    /// Ask the target's agent, after a pause, and unless it says `Here` open link and streams again and learn what
+    /// the target lacks. Answered by `Rejoined`, `Answered(Here)` or `AskFailed`.
     Rejoin {
         /// How long to wait before.
         pause: Duration,
@@ -375,7 +383,7 @@ impl Source {
     /// The downtime of such a migration is measured from here, since nobody knows when it began.
     pub fn resolve(now: Tick) -> Step {
         let state = State::Asking { watch: Stopwatch::freeze(now) };
-        let course = Course::begin(Settings::default());
+        let course = Course::unknown();
         Self::enter(state, course, vec![Action::AskFate { pause: Duration::ZERO }], now)
     }
 
@@ -433,6 +441,12 @@ impl Source {
         self.course.expected
     }
 
+    /// Tells whether pages are left here when the container runs on the target.
+    #[must_use]
+    pub const fn leaves_pages(&self) -> bool {
+        self.course.leaves_pages()
+    }
+
     /// Returns how it ended, once it has.
     #[must_use]
     pub const fn end(&self) -> Option<&End> {
@@ -448,33 +462,6 @@ impl Source {
 }
 
 impl State {
-    const fn label(&self) -> &'static str {
-        match self {
-            Self::Connecting { .. } => "Connecting",
-            Self::Negotiating { .. } => "Negotiating",
-            Self::Preparing => "Preparing",
-            Self::CopyingRootfs => "CopyingRootfs",
-            Self::AwaitingRootfs => "AwaitingRootfs",
-            Self::OpeningStreams => "OpeningStreams",
-            Self::Scanning { .. } => "Scanning",
-            Self::SendingRound { .. } => "SendingRound",
-            Self::Freezing { .. } => "Freezing",
-            Self::Dumping { .. } => "Dumping",
-            Self::Transferring { .. } => "Transferring",
-            Self::AwaitingReceipt { .. } => "AwaitingReceipt",
-            Self::Restoring { .. } => "Restoring",
-            Self::Committing { .. } => "Committing",
-            Self::Asking { .. } => "Asking",
-            Self::Serving { .. } => "Serving",
-            Self::Rejoining { .. } => "Rejoining",
-            Self::Killing { .. } => "Killing",
-            Self::AwaitingRelease { .. } => "AwaitingRelease",
-            Self::CleaningUp { .. } => "CleaningUp",
-            Self::RollingBack { .. } => "RollingBack",
-            Self::Done { .. } => "Done",
-        }
-    }
-
     const fn phase(&self) -> Phase {
         match self {
             Self::Connecting { .. } => Phase::Connecting,

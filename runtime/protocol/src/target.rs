@@ -3,7 +3,8 @@
 //! ```text
 //! CopyingRootfs --Applied--> Receiving
 //! Receiving --RoundComplete--> Receiving
-//! Receiving --Complete--> Restoring
+//! Receiving --FinalApplied [first]--> Receiving
+//! Receiving --Complete [files final]--> Restoring
 //! Restoring --Held--> Holding
 //! Holding --Commit--> Deciding
 //! Deciding --Recorded--> Resuming
@@ -18,6 +19,9 @@
 //! Filling --Filled--> Done
 //! Filling --Failed--> Aborting
 //! Filling --LinkLost--> Stranded
+//! Filling --Abort--> Stranded
+//! Filling --Nonsense--> Stranded
+//! Filling --Rejoined--> Filling
 //! Stranded --Filled--> Done
 //! Stranded --Failed--> Aborting
 //! Stranded --Rejoined--> Filling
@@ -32,7 +36,8 @@
 //!
 //! Invariants:
 //! - The container is resumed only after the record has gone from undecided to committed.
-//! - `Resumed` is sent only after the record says so; `Abort` is sent only after everything that was restored is
+//! - `Resumed` is sent only after the record says resumed, or filling while pages are still to be put in place, and
+//!   `MemoryComplete` only after it says resumed; `Abort` is sent only after everything that was restored is
 //!   gone and the record says aborted. So whatever the source hears, over the link or from the record, is final.
 
 use std::time::Duration;
@@ -101,7 +106,7 @@ pub enum Event {
     },
     /// Every page is in its task.
     Filled(TargetMemory),
-    /// The source is back over a new link.
+    /// The source is back over a new link. What becomes of the old one is not told any more.
     Rejoined,
     /// Nothing of the container is left here, and the record says aborted if it can.
     Undone,
@@ -150,7 +155,7 @@ pub enum Action {
     Restore,
     /// Tell the source that the container is held.
     SendRestored,
-    /// Ask the record to take this step. Answered by `Recorded`.
+    /// Ask the record to take this step. Answered by `Recorded`, or `Failed`.
     Record(Decision),
     /// Let CRIU resume the container. Answered by `Running`.
     Resume,
@@ -356,12 +361,13 @@ fn decided(state: State, fills: bool, event: Event) -> Next {
     match (state, event) {
         (State::Deciding, Event::Recorded(Decision::Committed)) => (State::Resuming, vec![Action::Resume]),
         (State::Resuming, Event::Running { pid }) => {
-            (State::Recording { pid }, vec![Action::Record(Decision::Resumed)])
+            let decision = if fills { Decision::Filling } else { Decision::Resumed };
+            (State::Recording { pid }, vec![Action::Record(decision)])
         }
-        (State::Recording { pid }, Event::Recorded(Decision::Resumed)) if fills => {
+        (State::Recording { pid }, Event::Recorded(Decision::Filling)) if fills => {
             (State::Filling { pid }, vec![Action::ReportResumed { pid }])
         }
-        (State::Recording { pid }, Event::Recorded(Decision::Resumed)) => {
+        (State::Recording { pid }, Event::Recorded(Decision::Resumed)) if !fills => {
             (State::Done { end: End::Resumed { pid } }, vec![Action::ReportResumed { pid }])
         }
         (state @ (State::Deciding | State::Recording { .. }), Event::Recorded(_)) => {
@@ -375,16 +381,20 @@ fn decided(state: State, fills: bool, event: Event) -> Next {
 
 /// The container runs, and pages are put in place behind it.
 fn filling(state: State, pid: i32, event: Event) -> Next {
-    let cause = match event {
-        Event::Filled(memory) => {
-            return (State::Done { end: End::Resumed { pid } }, vec![Action::ReportFilled(memory)]);
+    let cause = match (&state, event) {
+        (_, Event::Filled(memory)) => {
+            // The record first: if the word to the source is lost, the record's answer is the same.
+            let actions = vec![Action::Record(Decision::Resumed), Action::ReportFilled(memory)];
+            return (State::Done { end: End::Resumed { pid } }, actions);
         }
-        Event::Failed { cause } => cause,
-        Event::LinkLost { .. } | Event::Abort { .. } | Event::Nonsense { .. } => {
+        (_, Event::Rejoined) => return (State::Filling { pid }, vec![Action::SendLacking]),
+        (_, Event::Failed { cause }) => cause,
+        (State::Filling { .. }, Event::LinkLost { .. } | Event::Abort { .. } | Event::Nonsense { .. }) => {
             return (State::Stranded { pid }, vec![]);
         }
-        Event::Rejoined => return (State::Filling { pid }, vec![Action::SendLacking]),
-        Event::Deadline => "the source did not come back with pages that the container lacks".to_owned(),
+        (State::Stranded { .. }, Event::Deadline) => {
+            "the source did not come back with pages that the container lacks".to_owned()
+        }
         _ => return (state, vec![]),
     };
     // Without its pages the container cannot go on: every task that misses one waits for ever.
@@ -423,7 +433,7 @@ impl Event {
             Self::Complete => "Complete",
             Self::Held => "Held",
             Self::Commit => "Commit",
-            Self::Recorded(Decision::Committed | Decision::Resumed) => "Recorded",
+            Self::Recorded(Decision::Committed | Decision::Filling | Decision::Resumed) => "Recorded",
             Self::Recorded(Decision::Aborted | Decision::Undecided) => "Barred",
             Self::Running { .. } => "Running",
             Self::RoundComplete(_) => "RoundComplete",

@@ -164,7 +164,7 @@ impl Arrival {
         // Until the record says otherwise nothing may be taken back.
         self.kept = true;
         let fate = settle(record, || self.journal.end_task(&self.containerd))?;
-        self.kept = fate == FateAnswer::Here;
+        self.kept = fate.has_run();
         Ok(fate)
     }
 

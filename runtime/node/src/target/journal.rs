@@ -206,7 +206,7 @@ fn recover_one(address: &Path, directory: &Path, path: &Path) -> Result<(), Node
     let containerd = Containerd::connect(address, &journal.namespace)?;
     let fate = settle(&record, || journal.end_task(&containerd))?;
     log::info!(migration:% = journal.migration, fate:? = fate; "settled a migration of an earlier agent");
-    if fate == FateAnswer::Here {
+    if fate.has_run() {
         journal.close(&containerd);
     } else {
         journal.take_back(&containerd);

@@ -51,6 +51,32 @@ impl Course {
         }
     }
 
+    /// The course of a worker that died: pages may have been left.
+    pub(super) fn unknown() -> Self {
+        Self { leaves_pages: true, ..Self::begin(Settings::default()) }
+    }
+
+    /// The course of a migration in the middle of its rounds, whose policy says `verdict`.
+    #[cfg(test)]
+    pub(super) fn amid(way: Way, leaves_pages: bool, verdict: Verdict) -> Self {
+        #[derive(Debug)]
+        struct Says(Verdict);
+
+        impl Policy for Says {
+            fn on_round(&mut self, _: &RoundStats) -> Verdict {
+                self.0.clone()
+            }
+        }
+
+        Self {
+            way,
+            rounds: vec![Round::default()],
+            leaves_pages,
+            policy: Some(Box::new(Says(verdict))),
+            ..Self::begin(Settings::default())
+        }
+    }
+
     /// Takes the way that both sides can go.
     pub(super) fn take(&mut self, way: Way) {
         self.way = way;

@@ -1,8 +1,37 @@
-//! Names of events and actions, for logs and for the table.
+//! Names of states, events and actions, for logs and for the table.
 
-use super::{Action, Event, PeerEvent};
+use super::{Action, Event, PeerEvent, State};
 use crate::fate::FateAnswer;
 use crate::rootfs::Pass;
+
+impl State {
+    pub(super) const fn label(&self) -> &'static str {
+        match self {
+            Self::Connecting { .. } => "Connecting",
+            Self::Negotiating { .. } => "Negotiating",
+            Self::Preparing => "Preparing",
+            Self::CopyingRootfs => "CopyingRootfs",
+            Self::AwaitingRootfs => "AwaitingRootfs",
+            Self::OpeningStreams => "OpeningStreams",
+            Self::Scanning { .. } => "Scanning",
+            Self::SendingRound { .. } => "SendingRound",
+            Self::Freezing { .. } => "Freezing",
+            Self::Dumping { .. } => "Dumping",
+            Self::Transferring { .. } => "Transferring",
+            Self::AwaitingReceipt { .. } => "AwaitingReceipt",
+            Self::Restoring { .. } => "Restoring",
+            Self::Committing { .. } => "Committing",
+            Self::Asking { .. } => "Asking",
+            Self::Serving { .. } => "Serving",
+            Self::Rejoining { .. } => "Rejoining",
+            Self::Killing { .. } => "Killing",
+            Self::AwaitingRelease { .. } => "AwaitingRelease",
+            Self::CleaningUp { .. } => "CleaningUp",
+            Self::RollingBack { .. } => "RollingBack",
+            Self::Done { .. } => "Done",
+        }
+    }
+}
 
 impl Event {
     /// Returns the event's name.
@@ -22,6 +51,7 @@ impl Event {
             Self::Answered(FateAnswer::Here) => "Here",
             Self::Answered(FateAnswer::NotHere) => "NotHere",
             Self::Answered(FateAnswer::Pending) => "Pending",
+            Self::Answered(FateAnswer::Filling) => "Filling",
             Self::AskFailed { .. } => "AskFailed",
             Self::Killed => "Killed",
             Self::Release => "Release",

@@ -16,8 +16,8 @@ pub(super) fn next(state: State, course: &mut Course, event: Event, now: Tick) -
     match state {
         State::Committing { watch } => committing(watch, course, event, now),
         State::Asking { watch } => asking(watch, course, &event, now),
-        State::Serving { moved } => serving(moved, course, event),
-        State::Rejoining { moved } => rejoining(moved, event),
+        State::Serving { moved } => serving(moved, course, &event),
+        State::Rejoining { moved } => rejoining(moved, &event),
         State::Killing { moved, released } => killing(moved, released, &event),
         State::AwaitingRelease { moved } => match event {
             Event::Release | Event::Deadline => (State::CleaningUp { moved }, vec![Action::CleanUp]),
@@ -182,9 +182,11 @@ fn committing(watch: Stopwatch, course: &Course, event: Event, now: Tick) -> Nex
 
 fn asking(watch: Stopwatch, course: &Course, event: &Event, now: Tick) -> Next {
     match event {
-        Event::Answered(FateAnswer::Here) => {
-            let moved = moved(watch, Resumed::default(), now);
-            if course.leaves_pages() { rejoin(moved, Duration::ZERO) } else { kill(moved) }
+        Event::Answered(FateAnswer::Filling) if course.leaves_pages() => {
+            rejoin(moved(watch, Resumed::default(), now), Duration::ZERO)
+        }
+        Event::Answered(FateAnswer::Here | FateAnswer::Filling) => {
+            kill(moved(watch, Resumed::default(), now))
         }
         Event::Answered(FateAnswer::NotHere) => {
             let cause = "the link was lost before the target could resume the container".to_owned();
@@ -210,21 +212,26 @@ fn ask(watch: Stopwatch, again: bool) -> Next {
 }
 
 /// The container runs on the target, and the source is kept for the pages that the target lacks, if it does.
-fn serving(moved: Moved, course: &Course, event: Event) -> Next {
+fn serving(moved: Moved, course: &Course, event: &Event) -> Next {
     match event {
-        Event::Peer(PeerEvent::MemoryComplete(memory)) => kill(Moved { memory: Some(memory), ..moved }),
+        Event::Peer(PeerEvent::MemoryComplete(memory)) => kill(Moved { memory: Some(*memory), ..moved }),
         // The target has every page, and will put them in their places without being watched.
-        Event::LinkLost { .. } | Event::Failed { .. } | Event::Deadline if !course.leaves_pages() => {
+        Event::Peer(_) | Event::LinkLost { .. } | Event::Failed { .. } | Event::Deadline
+            if !course.leaves_pages() =>
+        {
             kill(moved)
         }
-        Event::LinkLost { .. } | Event::Failed { .. } => rejoin(moved, Duration::ZERO),
+        Event::Peer(_) | Event::LinkLost { .. } | Event::Failed { .. } => rejoin(moved, Duration::ZERO),
         _ => (State::Serving { moved }, vec![]),
     }
 }
 
-fn rejoining(moved: Moved, event: Event) -> Next {
+fn rejoining(moved: Moved, event: &Event) -> Next {
     match event {
         Event::Rejoined => (State::Serving { moved }, vec![Action::Serve]),
+        // The last page came, and only the word for it was lost, or is late: there is nobody to join any more.
+        Event::Answered(FateAnswer::Here) => kill(moved),
+        Event::Peer(PeerEvent::MemoryComplete(memory)) => kill(Moved { memory: Some(*memory), ..moved }),
         Event::AskFailed { .. } => rejoin(moved, ASK_PAUSE),
         Event::Deadline => {
             let cause = "the target cannot be reached any more, and lacks pages of the container that runs there; the \

@@ -1,43 +1,74 @@
 //! The source's transitions as a table, the oracle for [`super::Source::step`].
 
 use super::*;
+use crate::policy::Verdict;
 
-/// State, event, next state, actions. What is not here follows [`rule`].
-const TRANSITIONS: &[(&str, &str, &str, &[&str])] = &[
-    ("Connecting", "LinkUp", "Negotiating", &["SendOffer"]),
-    ("Negotiating", "Accepted", "Preparing", &["SendBlobs"]),
-    ("Preparing", "Ready", "CopyingRootfs", &["SendRootfs"]),
-    ("CopyingRootfs", "RootfsSent", "AwaitingRootfs", &[]),
-    ("AwaitingRootfs", "RootfsApplied", "Freezing", &["Freeze"]),
-    ("Freezing", "Froze", "Dumping", &["Dump"]),
-    ("Dumping", "Dumped", "Transferring", &[]),
-    ("Transferring", "StateSent", "AwaitingReceipt", &[]),
-    ("AwaitingReceipt", "Received", "Restoring", &[]),
-    ("Restoring", "Restored", "Committing", &["Commit"]),
-    ("Committing", "Resumed", "Killing", &["Kill"]),
-    ("Committing", "Aborted", "RollingBack", &["RollBack"]),
-    ("Committing", "LinkLost", "Asking", &["AskFate"]),
-    ("Committing", "Failed", "Asking", &["AskFate"]),
-    ("Committing", "Deadline", "Asking", &["AskFate"]),
-    ("Asking", "Here", "Killing", &["Kill"]),
-    ("Asking", "NotHere", "RollingBack", &["RollBack"]),
-    ("Asking", "Pending", "Asking", &["AskFate"]),
-    ("Asking", "AskFailed", "Asking", &["AskFate"]),
-    ("Asking", "Deadline", "Done", &["LeaveFrozen", "ReportFailed"]),
-    ("Killing", "Killed", "AwaitingRelease", &["ReportMoved"]),
-    ("AwaitingRelease", "Release", "CleaningUp", &["CleanUp"]),
-    ("AwaitingRelease", "Deadline", "CleaningUp", &["CleanUp"]),
-    ("CleaningUp", "CleanedUp", "Done", &[]),
-    ("RollingBack", "RolledBack", "Done", &["ReportFailed"]),
-    ("RollingBack", "RollbackFailed", "Done", &["ReportFailed"]),
+/// State, event, guard, next state, actions. What is not here follows [`rule`].
+const TRANSITIONS: &[(&str, &str, &str, &str, &[&str])] = &[
+    ("Connecting", "LinkUp", "", "Negotiating", &["SendOffer"]),
+    ("Negotiating", "Accepted", "dry run", "Done", &["ReportChecked"]),
+    ("Negotiating", "Accepted", "no dry run", "Preparing", &["SendBlobs"]),
+    ("Preparing", "Ready", "", "CopyingRootfs", &["SendRootfs"]),
+    ("CopyingRootfs", "RootfsSent", "", "AwaitingRootfs", &[]),
+    ("AwaitingRootfs", "RootfsApplied", "in images", "Freezing", &["Freeze"]),
+    ("AwaitingRootfs", "RootfsApplied", "ours", "OpeningStreams", &["OpenStreams"]),
+    ("OpeningStreams", "StreamsOpen", "no rounds", "Freezing", &["Freeze"]),
+    ("OpeningStreams", "StreamsOpen", "rounds", "Scanning", &["Scan"]),
+    ("Scanning", "Scanned", "next round", "SendingRound", &["SendRound"]),
+    ("Scanning", "Scanned", "switch over", "Freezing", &["Freeze"]),
+    ("Scanning", "Scanned", "give up", "RollingBack", &["RollBack"]),
+    ("SendingRound", "RoundSent", "not received", "SendingRound", &[]),
+    ("SendingRound", "RoundSent", "received", "Scanning", &["Scan"]),
+    ("SendingRound", "RoundReceived", "not sent", "SendingRound", &[]),
+    ("SendingRound", "RoundReceived", "sent", "Scanning", &["Scan"]),
+    ("Freezing", "Froze", "", "Dumping", &["Dump"]),
+    ("Dumping", "Dumped", "", "Transferring", &[]),
+    ("Transferring", "StateSent", "", "AwaitingReceipt", &[]),
+    ("AwaitingReceipt", "Received", "", "Restoring", &[]),
+    ("Restoring", "Restored", "", "Committing", &["Commit"]),
+    ("Committing", "Resumed", "in images", "Killing", &["Kill"]),
+    ("Committing", "Resumed", "ours", "Serving", &["Serve"]),
+    ("Committing", "Aborted", "", "RollingBack", &["RollBack"]),
+    ("Committing", "LinkLost", "", "Asking", &["AskFate"]),
+    ("Committing", "Failed", "", "Asking", &["AskFate"]),
+    ("Committing", "Deadline", "", "Asking", &["AskFate"]),
+    ("Asking", "Here", "", "Killing", &["Kill"]),
+    ("Asking", "Filling", "all sent", "Killing", &["Kill"]),
+    ("Asking", "Filling", "pages left", "Rejoining", &["Rejoin"]),
+    ("Asking", "NotHere", "", "RollingBack", &["RollBack"]),
+    ("Asking", "Pending", "", "Asking", &["AskFate"]),
+    ("Asking", "AskFailed", "", "Asking", &["AskFate"]),
+    ("Asking", "Deadline", "", "Done", &["LeaveFrozen", "ReportFailed"]),
+    ("Serving", "MemoryComplete", "", "Killing", &["Kill"]),
+    ("Serving", "LinkLost", "all sent", "Killing", &["Kill"]),
+    ("Serving", "LinkLost", "pages left", "Rejoining", &["Rejoin"]),
+    ("Serving", "Failed", "all sent", "Killing", &["Kill"]),
+    ("Serving", "Failed", "pages left", "Rejoining", &["Rejoin"]),
+    ("Serving", "Deadline", "all sent", "Killing", &["Kill"]),
+    ("Rejoining", "Rejoined", "", "Serving", &["Serve"]),
+    ("Rejoining", "Here", "", "Killing", &["Kill"]),
+    ("Rejoining", "MemoryComplete", "", "Killing", &["Kill"]),
+    ("Rejoining", "AskFailed", "", "Rejoining", &["Rejoin"]),
+    ("Rejoining", "Deadline", "", "Done", &["LeaveFrozen", "ReportFailed"]),
+    ("Killing", "Killed", "released", "CleaningUp", &["ReportMoved", "CleanUp"]),
+    ("Killing", "Killed", "not released", "AwaitingRelease", &["ReportMoved"]),
+    ("Killing", "Release", "", "Killing", &[]),
+    ("AwaitingRelease", "Release", "", "CleaningUp", &["CleanUp"]),
+    ("AwaitingRelease", "Deadline", "", "CleaningUp", &["CleanUp"]),
+    ("CleaningUp", "CleanedUp", "", "Done", &[]),
+    ("RollingBack", "RolledBack", "", "Done", &["ReportFailed"]),
+    ("RollingBack", "RollbackFailed", "", "Done", &["ReportFailed"]),
 ];
 
-const REVOCABLE: [&str; 10] = [
+const REVOCABLE: [&str; 13] = [
     "Connecting",
     "Negotiating",
     "Preparing",
     "CopyingRootfs",
     "AwaitingRootfs",
+    "OpeningStreams",
+    "Scanning",
+    "SendingRound",
     "Freezing",
     "Dumping",
     "Transferring",
@@ -46,33 +77,111 @@ const REVOCABLE: [&str; 10] = [
 ];
 
 /// The rules of the module's documentation for what is not in the table.
-fn rule(state: &'static str, event: &Event) -> (&'static str, &'static [&'static str]) {
+fn rule(from: &'static str, event: &Event, leaves_pages: bool) -> (&'static str, &'static [&'static str]) {
     let from_peer = matches!(event, Event::Peer(_));
     let way_out = ["LinkLost", "Failed", "Cancel", "Deadline"].contains(&event.label());
     let welcome = match event.label() {
-        "Preparing" => state == "Preparing",
-        "FinalApplied" => ["Dumping", "Transferring", "AwaitingReceipt"].contains(&state),
+        "Preparing" => from == "Preparing",
+        "FinalApplied" | "RoundReceived" => ["Dumping", "Transferring", "AwaitingReceipt"].contains(&from),
         _ => false,
     };
-    match state {
-        _ if welcome => (state, &[]),
-        _ if REVOCABLE.contains(&state) && (from_peer || way_out) => ("RollingBack", &["RollBack"]),
+    match from {
+        _ if welcome => (from, &[]),
+        _ if REVOCABLE.contains(&from) && (from_peer || way_out) => ("RollingBack", &["RollBack"]),
         "Committing" if from_peer => ("Asking", &["AskFate"]),
-        _ => (state, &[]),
+        "Serving" if from_peer && leaves_pages => ("Rejoining", &["Rejoin"]),
+        "Serving" if from_peer => ("Killing", &["Kill"]),
+        _ => (from, &[]),
     }
 }
 
-/// One state of every kind, by the way a migration reaches it.
+/// What the guards of a migration look at beside state and event.
+#[derive(Debug, Clone)]
+struct Given {
+    way: Way,
+    leaves_pages: bool,
+    verdict: Verdict,
+}
+
+impl Given {
+    fn all() -> Vec<Self> {
+        let verdicts = [
+            Verdict::NextRound,
+            Verdict::SwitchOver,
+            Verdict::GoPostcopy,
+            Verdict::Abort { cause: "it does not converge".to_owned() },
+        ];
+        let ways = [Way::InImages, Way::Native, Way::Precopy, Way::Postcopy, Way::Hybrid, Way::Auto];
+        let mut all = Vec::new();
+        for (way, leaves_pages) in ways.into_iter().flat_map(|way| [(way, false), (way, true)]) {
+            let given = |verdict: &Verdict| Self { way, leaves_pages, verdict: verdict.clone() };
+            all.extend(verdicts.iter().map(given));
+        }
+        all
+    }
+
+    fn holds(&self, guard: &str, state: &State, event: &Event) -> bool {
+        let due = match (state, event) {
+            (State::SendingRound { sent: None, .. }, Event::RoundSent(_)) => true,
+            (
+                State::SendingRound { round, received: false, .. },
+                Event::Peer(PeerEvent::RoundReceived(number)),
+            ) => number == round,
+            _ => false,
+        };
+        let have = |sent: bool, received: bool| {
+            due && matches!(
+                state,
+                State::SendingRound { sent: before, received: had, .. }
+                    if (before.is_some(), *had) == (sent, received)
+            )
+        };
+        match guard {
+            "" => true,
+            "dry run" => matches!(state, State::Negotiating { dry_run: true }),
+            "no dry run" => matches!(state, State::Negotiating { dry_run: false }),
+            "in images" => self.way == Way::InImages,
+            "ours" => self.way != Way::InImages,
+            "rounds" => matches!(self.way, Way::Precopy | Way::Hybrid | Way::Auto),
+            "no rounds" => !self.holds("rounds", state, event),
+            "next round" => self.verdict == Verdict::NextRound,
+            "switch over" => matches!(self.verdict, Verdict::SwitchOver | Verdict::GoPostcopy),
+            "give up" => matches!(self.verdict, Verdict::Abort { .. }),
+            "not sent" | "not received" => have(false, false),
+            "sent" => have(true, false),
+            "received" => have(false, true),
+            "pages left" => self.leaves_pages,
+            "all sent" => !self.leaves_pages,
+            "released" => matches!(state, State::Killing { released: true, .. }),
+            "not released" => matches!(state, State::Killing { released: false, .. }),
+            other => panic!("nobody knows when [{other}] holds"),
+        }
+    }
+}
+
+fn a_move() -> Moved {
+    let resumed = Resumed::default();
+    Moved { downtime: DowntimeParts::default(), resumed, at: Tick(0), memory: None }
+}
+
+/// Every state, in every form that makes a difference.
 fn states() -> Vec<State> {
     let watch = || Stopwatch::freeze(Tick(0));
-    let moved = Moved { downtime: DowntimeParts::default(), resumed: Resumed::default() };
+    let moved = a_move();
     let failed = failure(Phase::Frozen, Side::Source, Fate::RunningOnSource, "no".to_owned());
+    let sent = Some(RoundSent::default());
     vec![
         State::Connecting { dry_run: false },
         State::Negotiating { dry_run: false },
+        State::Negotiating { dry_run: true },
         State::Preparing,
         State::CopyingRootfs,
         State::AwaitingRootfs,
+        State::OpeningStreams,
+        State::Scanning { round: 3 },
+        State::SendingRound { round: 3, sent: None, received: false },
+        State::SendingRound { round: 3, sent, received: false },
+        State::SendingRound { round: 3, sent: None, received: true },
         State::Freezing { watch: watch() },
         State::Dumping { watch: watch() },
         State::Transferring { watch: watch() },
@@ -80,7 +189,10 @@ fn states() -> Vec<State> {
         State::Restoring { watch: watch() },
         State::Committing { watch: watch() },
         State::Asking { watch: watch() },
+        State::Serving { moved },
+        State::Rejoining { moved },
         State::Killing { moved, released: false },
+        State::Killing { moved, released: true },
         State::AwaitingRelease { moved },
         State::CleaningUp { moved },
         State::RollingBack { failure: failed.clone() },
@@ -91,28 +203,36 @@ fn states() -> Vec<State> {
 fn events() -> Vec<Event> {
     let text = || "why".to_owned();
     let peer = [
-        PeerEvent::Accepted,
+        PeerEvent::Accepted(Way::Native),
         PeerEvent::Rejected { detail: text() },
         PeerEvent::Preparing(PreparingStep::Image),
         PeerEvent::Ready,
         PeerEvent::RootfsApplied(Pass::Live),
         PeerEvent::RootfsApplied(Pass::Final),
+        PeerEvent::RoundReceived(3),
+        PeerEvent::RoundReceived(2),
         PeerEvent::Received,
         PeerEvent::Restored,
         PeerEvent::Resumed(Resumed::default()),
+        PeerEvent::MemoryComplete(TargetMemory::default()),
         PeerEvent::Aborted { detail: text() },
         PeerEvent::Nonsense { what: text() },
     ];
     let mut events = vec![
         Event::LinkUp,
         Event::RootfsSent,
+        Event::StreamsOpen,
+        Event::Scanned { pages: 7 },
+        Event::RoundSent(RoundSent::default()),
         Event::Froze,
         Event::Dumped,
         Event::StateSent,
         Event::Answered(FateAnswer::Here),
+        Event::Answered(FateAnswer::Filling),
         Event::Answered(FateAnswer::NotHere),
         Event::Answered(FateAnswer::Pending),
         Event::AskFailed { cause: text() },
+        Event::Rejoined,
         Event::Killed,
         Event::Release,
         Event::CleanedUp,
@@ -127,38 +247,54 @@ fn events() -> Vec<Event> {
     events
 }
 
+/// The row of the table that speaks of this; at most one does.
+fn row(given: &Given, state: &State, event: &Event) -> Option<usize> {
+    let speaks = |(_, (from, on, guard, ..)): &(usize, &(&str, &str, &str, &str, &[&str]))| {
+        *from == state.label() && *on == event.label() && given.holds(guard, state, event)
+    };
+    let mut rows = TRANSITIONS.iter().enumerate().filter(speaks).map(|(index, _)| index);
+    let row = rows.next();
+    assert_eq!(rows.next(), None, "two rows for {state:?} on {event:?}");
+    row
+}
+
 #[test]
 fn every_state_takes_every_event_as_the_table_says() {
-    let count = states().len();
-    for index in 0..count {
-        for event in events() {
-            let state = states().swap_remove(index);
-            let from = state.label();
-            let entry = TRANSITIONS.iter().find(|(state, on, ..)| *state == from && *on == event.label());
-            let (to, actions) =
-                entry.map_or_else(|| rule(from, &event), |(_, _, to, actions)| (*to, *actions));
-            let step = Source { state, entered: Tick(0) }.step(event.clone(), Tick(9));
-            let taken: Vec<_> = step.actions.iter().map(Action::label).collect();
-            assert_eq!((step.state.label(), &taken[..]), (to, actions), "{from} on {}", event.label());
+    let mut tried = [false; TRANSITIONS.len()];
+    for given in Given::all() {
+        for index in 0..states().len() {
+            for event in events() {
+                let state = states().swap_remove(index);
+                let from = state.label();
+                let (to, actions) = match row(&given, &state, &event) {
+                    Some(row) => {
+                        tried[row] = true;
+                        (TRANSITIONS[row].3, TRANSITIONS[row].4)
+                    }
+                    None => rule(from, &event, given.leaves_pages),
+                };
+                let course = Course::amid(given.way, given.leaves_pages, given.verdict.clone());
+                let step = Source { state, course, entered: Tick(0) }.step(event.clone(), Tick(9));
+                let taken: Vec<_> = step.actions.iter().map(Action::label).collect();
+                assert_eq!((step.state.label(), &taken[..]), (to, actions), "{from} on {event:?}, {given:?}");
+            }
         }
     }
+    let untried: Vec<_> = TRANSITIONS.iter().zip(tried).filter(|(_, tried)| !tried).collect();
+    assert!(untried.is_empty(), "rows that nothing comes to: {untried:?}");
 }
 
 #[test]
-fn a_dry_run_ends_with_the_preflight() {
-    let step = Source::begin(true, Tick(0)).state.step(Event::LinkUp, Tick(1));
-    let step = step.state.step(Event::Peer(PeerEvent::Accepted), Tick(2));
-    assert_eq!(step.actions, [Action::ReportChecked]);
-    assert_eq!(step.state.end(), Some(&End::Checked));
-}
-
-#[test]
-fn a_release_that_comes_early_is_not_forgotten() {
-    let moved = Moved { downtime: DowntimeParts::default(), resumed: Resumed::default() };
-    let source = Source { state: State::Killing { moved, released: false }, entered: Tick(0) };
-    let step = source.step(Event::Release, Tick(1));
-    assert!(step.actions.is_empty());
-    assert_eq!(step.state.step(Event::Killed, Tick(2)).actions, [Action::ReportMoved, Action::CleanUp]);
+fn no_name_is_left_out_of_the_table() {
+    let tested: Vec<_> = states()
+        .iter()
+        .map(State::label)
+        .chain(events().iter().map(Event::label))
+        .chain(TRANSITIONS.iter().flat_map(|(.., actions)| *actions).copied())
+        .collect();
+    let named = include_str!("labels.rs").split('"').skip(1).step_by(2);
+    let missing: Vec<_> = named.filter(|name| !tested.contains(name) && *name != "Connect").collect();
+    assert!(missing.is_empty(), "{missing:?}");
 }
 
 #[test]
@@ -168,14 +304,47 @@ fn the_diagram_in_the_documentation_is_the_table() {
         .filter_map(|line| line.strip_prefix("//! "))
         .filter(|line| line.contains("-->"))
         .collect();
-    let listed: Vec<_> =
-        TRANSITIONS.iter().map(|(from, event, to, _)| format!("{from} --{event}--> {to}")).collect();
+    let listed: Vec<_> = TRANSITIONS
+        .iter()
+        .map(|(from, event, guard, to, _)| match *guard {
+            "" => format!("{from} --{event}--> {to}"),
+            guard => format!("{from} --{event} [{guard}]--> {to}"),
+        })
+        .collect();
     assert_eq!(drawn, listed);
 }
 
 #[test]
+fn pages_are_left_by_post_copy_and_when_the_policy_says_so() {
+    let leaves = |way: Way, verdict: Verdict| {
+        let mut course = Course::begin(Settings::default());
+        course.take(way);
+        if way.has_rounds() {
+            course = Course::amid(way, course.leaves_pages(), verdict);
+            drop(course.scanned(7, Tick(5)));
+        }
+        let state = State::Freezing { watch: Stopwatch::freeze(Tick(0)) };
+        let step = Source { state, course, entered: Tick(0) }.step(Event::Froze, Tick(9));
+        step.actions == [Action::Dump { leave_pages: true }]
+    };
+    for way in [Way::InImages, Way::Native, Way::Precopy, Way::Postcopy, Way::Hybrid, Way::Auto] {
+        assert_eq!(leaves(way, Verdict::SwitchOver), way == Way::Postcopy);
+        assert_eq!(leaves(way, Verdict::GoPostcopy), way == Way::Postcopy || way.has_rounds());
+    }
+}
+
+#[test]
+fn a_worker_in_the_place_of_a_dead_one_does_not_kill_what_the_target_may_need() {
+    let resolve = || Source::resolve(Tick(0)).state;
+    let step = resolve().step(Event::Answered(FateAnswer::Filling), Tick(1));
+    assert_eq!(step.actions, [Action::Rejoin { pause: Duration::ZERO }]);
+    assert_eq!(step.state.step(Event::Answered(FateAnswer::Here), Tick(2)).actions, [Action::Kill]);
+    assert_eq!(resolve().step(Event::Answered(FateAnswer::Here), Tick(1)).actions, [Action::Kill]);
+}
+
+#[test]
 fn the_deadline_counts_from_the_entry_into_the_state() {
-    let source = Source::begin(false, Tick(5)).state;
+    let source = Source::begin(Settings::default(), Tick(5)).state;
     let due = |limit: Duration, from: u64| Some(Tick(from + u64::try_from(limit.as_nanos()).unwrap()));
     assert_eq!(source.deadline(), due(CONNECT_MAX, 5));
     let source = source.step(Event::Froze, Tick(6)).state;
@@ -186,7 +355,7 @@ fn the_deadline_counts_from_the_entry_into_the_state() {
 
 #[test]
 fn the_text_of_a_deadline_names_the_phase_and_the_time() {
-    let step = Source::begin(false, Tick(0)).state.step(Event::Deadline, Tick(1));
+    let step = Source::begin(Settings::default(), Tick(0)).state.step(Event::Deadline, Tick(1));
     assert_eq!(
         step.actions,
         [Action::RollBack { tell: Some("connecting took longer than 30 s".to_owned()) }]

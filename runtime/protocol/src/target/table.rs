@@ -2,22 +2,35 @@
 
 use super::*;
 
-/// State, event, next state, actions. What is not here follows [`rule`].
-const TRANSITIONS: &[(&str, &str, &str, &[&str])] = &[
-    ("CopyingRootfs", "Applied", "Receiving", &["SendApplied"]),
-    ("Receiving", "Complete", "Restoring", &["SendReceived", "Restore"]),
-    ("Restoring", "Held", "Holding", &["SendRestored"]),
-    ("Holding", "Commit", "Deciding", &["Record"]),
-    ("Deciding", "Recorded", "Resuming", &["Resume"]),
-    ("Deciding", "Barred", "Aborting", &["Undo"]),
-    ("Deciding", "Failed", "Aborting", &["Undo"]),
-    ("Resuming", "Running", "Recording", &["Record"]),
-    ("Resuming", "Failed", "Aborting", &["Undo"]),
-    ("Recording", "Recorded", "Done", &["ReportResumed"]),
-    ("Recording", "Barred", "Aborting", &["Undo"]),
-    ("Recording", "Failed", "Aborting", &["Undo"]),
-    ("Aborting", "Undone", "Done", &["ReportFailed"]),
-    ("Aborting", "UndoFailed", "Done", &["ReportFailed"]),
+/// State, event, guard, next state, actions. What is not here follows [`rule`].
+const TRANSITIONS: &[(&str, &str, &str, &str, &[&str])] = &[
+    ("CopyingRootfs", "Applied", "", "Receiving", &["SendApplied"]),
+    ("Receiving", "RoundComplete", "", "Receiving", &["SendRoundReceived"]),
+    ("Receiving", "FinalApplied", "first", "Receiving", &["SendApplied"]),
+    ("Receiving", "Complete", "files final", "Restoring", &["SendReceived", "Restore"]),
+    ("Restoring", "Held", "", "Holding", &["SendRestored"]),
+    ("Holding", "Commit", "", "Deciding", &["Record"]),
+    ("Deciding", "Recorded", "", "Resuming", &["Resume"]),
+    ("Deciding", "Barred", "", "Aborting", &["Undo"]),
+    ("Deciding", "Failed", "", "Aborting", &["Undo"]),
+    ("Resuming", "Running", "", "Recording", &["Record"]),
+    ("Resuming", "Failed", "", "Aborting", &["Undo"]),
+    ("Recording", "Recorded", "in images", "Done", &["ReportResumed"]),
+    ("Recording", "Recorded", "ours", "Filling", &["ReportResumed"]),
+    ("Recording", "Barred", "", "Aborting", &["Undo"]),
+    ("Recording", "Failed", "", "Aborting", &["Undo"]),
+    ("Filling", "Filled", "", "Done", &["Record", "ReportFilled"]),
+    ("Filling", "Failed", "", "Aborting", &["Destroy"]),
+    ("Filling", "LinkLost", "", "Stranded", &[]),
+    ("Filling", "Abort", "", "Stranded", &[]),
+    ("Filling", "Nonsense", "", "Stranded", &[]),
+    ("Filling", "Rejoined", "", "Filling", &["SendLacking"]),
+    ("Stranded", "Filled", "", "Done", &["Record", "ReportFilled"]),
+    ("Stranded", "Failed", "", "Aborting", &["Destroy"]),
+    ("Stranded", "Rejoined", "", "Filling", &["SendLacking"]),
+    ("Stranded", "Deadline", "", "Aborting", &["Destroy"]),
+    ("Aborting", "Undone", "", "Done", &["ReportFailed"]),
+    ("Aborting", "UndoFailed", "", "Done", &["ReportFailed"]),
 ];
 
 /// The rules of the module's documentation for what is not in the table.
@@ -32,13 +45,25 @@ fn rule(state: &'static str, event: &Event) -> (&'static str, &'static [&'static
         "Commit",
         "Applied",
         "FinalApplied",
+        "RoundComplete",
         "Complete",
     ];
     if revocable && way_out.contains(&event.label()) { ("Aborting", &["Undo"]) } else { (state, &[]) }
 }
 
-/// One state of every kind. The record's answer to `Deciding` is "committed", to `Recording` "resumed".
-fn states() -> Vec<(State, Decision)> {
+fn holds(guard: &str, state: &State, fills: bool) -> bool {
+    match guard {
+        "" => true,
+        "in images" => !fills,
+        "ours" => fills,
+        "first" => matches!(state, State::Receiving { final_applied: false }),
+        "files final" => matches!(state, State::Receiving { final_applied: true }),
+        other => panic!("nobody knows when [{other}] holds"),
+    }
+}
+
+/// Every state, in every form that makes a difference.
+fn states() -> Vec<State> {
     let failure = || Failure {
         side: Side::Target,
         phase: Phase::Restoring,
@@ -46,16 +71,28 @@ fn states() -> Vec<(State, Decision)> {
         cause: "no".to_owned(),
     };
     vec![
-        (State::CopyingRootfs, Decision::Committed),
-        (State::Receiving { final_applied: true }, Decision::Committed),
-        (State::Restoring, Decision::Committed),
-        (State::Holding, Decision::Committed),
-        (State::Deciding, Decision::Committed),
-        (State::Resuming, Decision::Committed),
-        (State::Recording { pid: 7 }, Decision::Resumed),
-        (State::Aborting { failure: failure() }, Decision::Committed),
-        (State::Done { end: End::Failed(failure()) }, Decision::Committed),
+        State::CopyingRootfs,
+        State::Receiving { final_applied: false },
+        State::Receiving { final_applied: true },
+        State::Restoring,
+        State::Holding,
+        State::Deciding,
+        State::Resuming,
+        State::Recording { pid: 7 },
+        State::Filling { pid: 7 },
+        State::Stranded { pid: 7 },
+        State::Aborting { failure: failure() },
+        State::Done { end: End::Failed(failure()) },
     ]
+}
+
+/// What the record holds after the step that was asked for in `state`.
+fn recorded(state: &State, fills: bool) -> Decision {
+    match state {
+        State::Recording { .. } if fills => Decision::Filling,
+        State::Recording { .. } => Decision::Resumed,
+        _ => Decision::Committed,
+    }
 }
 
 fn events(recorded: Decision) -> Vec<Event> {
@@ -63,12 +100,15 @@ fn events(recorded: Decision) -> Vec<Event> {
     vec![
         Event::Applied(Pass::Live),
         Event::Applied(Pass::Final),
+        Event::RoundComplete(3),
         Event::Complete,
         Event::Held,
         Event::Commit,
         Event::Recorded(recorded),
         Event::Recorded(Decision::Aborted),
         Event::Running { pid: 7 },
+        Event::Filled(TargetMemory::default()),
+        Event::Rejoined,
         Event::Undone,
         Event::UndoFailed { cause: text() },
         Event::Failed { cause: text() },
@@ -81,27 +121,49 @@ fn events(recorded: Decision) -> Vec<Event> {
 
 #[test]
 fn every_state_takes_every_event_as_the_table_says() {
-    for index in 0..states().len() {
-        for event in events(states()[index].1) {
-            let state = states().swap_remove(index).0;
+    let mut tried = [false; TRANSITIONS.len()];
+    for (fills, index) in
+        [false, true].into_iter().flat_map(|fills| (0..states().len()).map(move |i| (fills, i)))
+    {
+        for event in events(recorded(&states()[index], fills)) {
+            let state = states().swap_remove(index);
             let from = state.label();
-            let entry = TRANSITIONS.iter().find(|(state, on, ..)| *state == from && *on == event.label());
-            let (to, actions) =
-                entry.map_or_else(|| rule(from, &event), |(_, _, to, actions)| (*to, *actions));
-            let step = Target { state, entered: Tick(0) }.step(event.clone(), Tick(9));
+            let speaks = |&row: &usize| {
+                let (of, on, guard, ..) = TRANSITIONS[row];
+                of == from && on == event.label() && holds(guard, &state, fills)
+            };
+            let rows: Vec<_> = (0..TRANSITIONS.len()).filter(speaks).collect();
+            assert!(rows.len() <= 1, "two rows for {state:?} on {event:?}");
+            rows.iter().for_each(|row| tried[*row] = true);
+            let row = rows.first().map(|row| TRANSITIONS[*row]);
+            let (to, actions) = row.map_or_else(|| rule(from, &event), |(.., to, actions)| (to, actions));
+            let step = Target { state, fills, entered: Tick(0) }.step(event.clone(), Tick(9));
             let taken: Vec<_> = step.actions.iter().map(Action::label).collect();
-            assert_eq!((step.state.label(), &taken[..]), (to, actions), "{from} on {}", event.label());
+            assert_eq!(
+                (step.state.label(), &taken[..]),
+                (to, actions),
+                "{from} on {event:?}, fills: {fills}"
+            );
         }
     }
+    let untried: Vec<_> = TRANSITIONS.iter().zip(tried).filter(|(_, tried)| !tried).collect();
+    assert!(untried.is_empty(), "rows that nothing comes to: {untried:?}");
 }
 
 #[test]
-fn images_without_the_final_pass_are_refused() {
-    let receiving = || Target::begin(Tick(0)).state.step(Event::Applied(Pass::Live), Tick(1)).state;
-    assert_eq!(receiving().step(Event::Complete, Tick(2)).state.label(), "Aborting");
-    let step = receiving().step(Event::Applied(Pass::Final), Tick(2));
-    assert_eq!(step.actions, [Action::SendApplied(Pass::Final)]);
-    assert_eq!(step.state.step(Event::Complete, Tick(3)).state.label(), "Restoring");
+fn no_name_is_left_out_of_the_table() {
+    let tested: Vec<_> = states()
+        .iter()
+        .map(State::label)
+        .chain(events(Decision::Committed).iter().map(Event::label))
+        .chain(TRANSITIONS.iter().flat_map(|(.., actions)| *actions).copied())
+        .collect();
+    let arms = include_str!("../target.rs").lines().filter_map(|line| line.trim().split_once(" => \""));
+    let missing: Vec<_> = arms
+        .filter_map(|(_, name)| name.strip_suffix("\","))
+        .filter(|name| !tested.contains(name) && *name != "SendReady")
+        .collect();
+    assert!(missing.is_empty(), "{missing:?}");
 }
 
 #[test]
@@ -111,7 +173,25 @@ fn the_diagram_in_the_documentation_is_the_table() {
         .filter_map(|line| line.strip_prefix("//! "))
         .filter(|line| line.contains("-->"))
         .collect();
-    let listed: Vec<_> =
-        TRANSITIONS.iter().map(|(from, event, to, _)| format!("{from} --{event}--> {to}")).collect();
+    let listed: Vec<_> = TRANSITIONS
+        .iter()
+        .map(|(from, event, guard, to, _)| match *guard {
+            "" => format!("{from} --{event}--> {to}"),
+            guard => format!("{from} --{event} [{guard}]--> {to}"),
+        })
+        .collect();
     assert_eq!(drawn, listed);
+}
+
+#[test]
+fn the_record_says_filling_until_the_last_page_is_in_its_task() {
+    for (fills, decision) in [(false, Decision::Resumed), (true, Decision::Filling)] {
+        let target = Target { state: State::Resuming, fills, entered: Tick(0) };
+        let step = target.step(Event::Running { pid: 7 }, Tick(1));
+        assert_eq!(step.actions, [Action::Record(decision)]);
+    }
+    let target = Target { state: State::Filling { pid: 7 }, fills: true, entered: Tick(0) };
+    let step = target.step(Event::Filled(TargetMemory::default()), Tick(1));
+    assert_eq!(step.actions[0], Action::Record(Decision::Resumed));
+    assert_eq!(step.state.end(), Some(&End::Resumed { pid: 7 }));
 }

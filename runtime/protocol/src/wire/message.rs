@@ -26,11 +26,11 @@
 use super::WireError;
 use super::codec::{Reader, Writer};
 use super::pages::{
-    RUNS_LEN_MAX, Run, StreamId, put_runs, put_space, put_stream, take_contents, take_run, take_runs,
+    RUNS_LEN_MAX, Run, StreamId, put_pages, put_request, put_stream, take_contents, take_run, take_runs,
     take_space, take_stream,
 };
 use super::payload::{
-    DIGEST_LEN_MAX, fate_code, pass_code, put_entry, put_json, put_manifest, shortened, take_data,
+    DIGEST_LEN_MAX, fate_code, pass_code, put_bytes, put_entry, put_json, put_manifest, shortened, take_data,
     take_entry, take_fate, take_image_name, take_json, take_layer, take_manifest, take_migration, take_pass,
     take_path, take_step,
 };
@@ -436,9 +436,7 @@ impl<'a> Message<'a> {
                 out.u64(*offset);
                 bulk = bytes;
             }
-            Self::RootfsRemove { path } => {
-                out.bytes(path);
-            }
+            Self::RootfsRemove { path } => put_bytes(&mut out, path),
             Self::RootfsEnd { pass } | Self::RootfsApplied { pass } => {
                 out.u8(pass_code(*pass));
             }
@@ -453,40 +451,30 @@ impl<'a> Message<'a> {
             Self::Resumed(Resumed { pid, cpu_us, disk_bytes_written }) => {
                 out.i64(i64::from(*pid)).u64(*cpu_us).u64(*disk_bytes_written);
             }
-            Self::Abort { detail } => {
-                out.bytes(shortened(detail).as_bytes());
-            }
-            Self::FateQuery { migration } => {
-                out.bytes(migration.as_str().as_bytes());
-            }
+            Self::Abort { detail } => put_bytes(&mut out, shortened(detail).as_bytes()),
+            Self::FateQuery { migration } => put_bytes(&mut out, migration.as_str().as_bytes()),
             Self::FateAnswer(answer) => {
                 out.u8(fate_code(*answer));
             }
             Self::JoinStream { migration, stream } => {
-                out.bytes(migration.as_str().as_bytes());
+                put_bytes(&mut out, migration.as_str().as_bytes());
                 put_stream(&mut out, *stream);
             }
             Self::Pages { space, runs, bytes } => {
-                put_space(&mut out, *space);
-                put_runs(&mut out, runs);
+                put_pages(&mut out, *space, runs);
                 bulk = bytes;
             }
             Self::ZeroPages { space, runs } | Self::AbsentPages { space, runs } => {
-                put_space(&mut out, *space);
-                put_runs(&mut out, runs);
+                put_pages(&mut out, *space, runs);
             }
             Self::StreamMark { round } | Self::RoundReceived { round } => {
                 out.u32(*round);
             }
             Self::MemoryPlan { space, round, stored_pages, remote } => {
-                put_space(&mut out, *space);
                 out.u32(*round).u64(*stored_pages);
-                put_runs(&mut out, remote);
+                put_pages(&mut out, *space, remote);
             }
-            Self::PageRequest { space, run } => {
-                put_space(&mut out, *space);
-                out.u64(run.start).u32(run.pages);
-            }
+            Self::PageRequest { space, run } => put_request(&mut out, *space, *run),
             Self::MemoryComplete(memory) => put_json(kind, &mut out, memory)?,
             Self::BlobsEnd | Self::Received | Self::Restored | Self::Commit => {}
         }
@@ -554,9 +542,9 @@ impl<'a> Message<'a> {
             Kind::StreamMark => Self::StreamMark { round: fields.u32()? },
             Kind::RoundReceived => Self::RoundReceived { round: fields.u32()? },
             Kind::MemoryPlan => Self::MemoryPlan {
-                space: take_space(&mut fields)?,
                 round: fields.u32()?,
                 stored_pages: fields.u64()?,
+                space: take_space(&mut fields)?,
                 remote: take_runs(&mut fields)?,
             },
             Kind::PageRequest => {

@@ -43,7 +43,7 @@ impl StreamId {
     /// runs stay long, and the next 2 MiB go on another.
     #[must_use]
     pub const fn of_page(space: i32, address: u64, streams: u8) -> u8 {
-        let chunk = (address / CHUNK_BYTES).wrapping_add(space as u64);
+        let chunk = (address / CHUNK_BYTES).wrapping_add(space.unsigned_abs() as u64);
         // A stride of a power of two in the addresses must not put everything on one stream.
         let mixed = chunk.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         let streams = if streams == 0 { 1 } else { streams };
@@ -75,20 +75,31 @@ pub(super) fn take_stream(fields: &mut Reader<'_>) -> Result<StreamId, WireError
     }
 }
 
-pub(super) fn put_space(out: &mut Writer<'_>, space: i32) {
+/// Puts whose pages they are, and which.
+pub(super) fn put_pages(out: &mut Writer<'_>, space: i32, runs: &[Run]) {
+    put_space(out, space);
+    out.u32(u32::try_from(runs.len()).unwrap_or(u32::MAX));
+    for run in runs {
+        put_run(out, *run);
+    }
+}
+
+pub(super) fn put_request(out: &mut Writer<'_>, space: i32, run: Run) {
+    put_space(out, space);
+    put_run(out, run);
+}
+
+fn put_space(out: &mut Writer<'_>, space: i32) {
     out.u32(space.unsigned_abs());
+}
+
+fn put_run(out: &mut Writer<'_>, Run { start, pages }: Run) {
+    out.u64(start).u32(pages);
 }
 
 pub(super) fn take_space(fields: &mut Reader<'_>) -> Result<i32, WireError> {
     let space = i32::try_from(fields.u32()?).map_err(|_| fields.bad("a process id is out of range"))?;
     if space == 0 { Err(fields.bad("a process id is out of range")) } else { Ok(space) }
-}
-
-pub(super) fn put_runs(out: &mut Writer<'_>, runs: &[Run]) {
-    out.u32(u32::try_from(runs.len()).unwrap_or(u32::MAX));
-    for Run { start, pages } in runs {
-        out.u64(*start).u32(*pages);
-    }
 }
 
 /// Takes runs that are aligned, not empty, below the end of user memory, in order and apart.

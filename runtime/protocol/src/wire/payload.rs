@@ -83,6 +83,7 @@ pub(super) const fn fate_code(answer: FateAnswer) -> u8 {
         FateAnswer::NotHere => 0,
         FateAnswer::Pending => 1,
         FateAnswer::Here => 2,
+        FateAnswer::Filling => 3,
     }
 }
 
@@ -91,6 +92,7 @@ pub(super) fn take_fate(fields: &mut Reader<'_>) -> Result<FateAnswer, WireError
         0 => FateAnswer::NotHere,
         1 => FateAnswer::Pending,
         2 => FateAnswer::Here,
+        3 => FateAnswer::Filling,
         _ => return Err(fields.bad("an unknown answer")),
     })
 }
@@ -107,6 +109,10 @@ pub(super) fn take_image_name<'a>(fields: &mut Reader<'a>) -> Result<&'a str, Wi
         return Err(fields.bad("an image's name is malformed"));
     }
     Ok(name)
+}
+
+pub(super) fn put_bytes(out: &mut Writer<'_>, bytes: &[u8]) {
+    out.bytes(bytes);
 }
 
 pub(super) fn put_manifest(out: &mut Writer<'_>, manifest: &[Image<'_>]) {
