@@ -35,6 +35,8 @@ pub struct Handover {
     pub mode: Mode,
     /// What the container needs of this host.
     pub needs: Needs,
+    /// Bulk streams that carry pages beside the link; none when CRIU's images do.
+    pub streams: Option<u8>,
     /// The directory of the migration's record (see [`crate::decision::Record::of`]).
     pub records: PathBuf,
     /// How far the link has come; set by [`give`].
@@ -179,6 +181,12 @@ impl Drop for AgentEnd {
 }
 
 impl Streams {
+    /// Takes streams from this connection to an agent.
+    #[cfg(test)]
+    pub(crate) const fn of(agent: UnixStream) -> Self {
+        Self(agent)
+    }
+
     /// Waits for the next page stream; `None` when the agent, or this worker, has ended the connection.
     ///
     /// # Errors
@@ -246,6 +254,7 @@ mod tests {
         let mut link = Link::accept(tcp.accept().unwrap().0).unwrap();
         assert_eq!(link.receive().unwrap(), Message::Commit);
         let handover = Handover {
+            streams: None,
             migration: "m".to_owned().try_into().unwrap(),
             id: "web".to_owned(),
             mode: Mode::Native,

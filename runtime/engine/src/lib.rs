@@ -21,6 +21,7 @@ pub mod link;
 pub mod pages;
 pub mod rootfs;
 pub mod source;
+pub mod switchover_cost;
 pub mod target;
 mod text;
 pub mod usage;

@@ -3,6 +3,7 @@
 //! ```text
 //! connect thread ──► Link          receive thread: link ──► Accepted, Ready, Received, Restored, Resumed, Abort …
 //! bulk threads   ──► blobs; live pass; final pass and images            │
+//! memory thread  ──► scans, rounds, the plan, pages that are missed     │
 //! dump thread    ──► CRIU ──► Dumped … waits for the verdict            │
 //! ask thread     ──► the agent's answer about the fate                  ▼
 //! commands ──► Cancel, Release ──────────────────────────────► one loop: protocol::Source
@@ -22,6 +23,8 @@ mod container;
 mod criu;
 mod images;
 mod listen;
+mod memory;
+mod pending;
 mod progress;
 mod tell;
 mod work;
@@ -30,13 +33,14 @@ mod worker;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
+use std::time::Duration;
 
 use godwit_protocol::offer::Offer;
-use godwit_protocol::source::{End, Source};
+use godwit_protocol::source::{End, Settings, Source};
 use godwit_protocol::worker::{Command, Event};
 use godwit_protocol::{MigrationId, MigrationRequest};
 
-pub use container::{Checkpointer, Dumping, Verdict};
+pub use container::{Checkpointer, Dumping, Tasks, Verdict};
 pub use criu::CriuCheckpointer;
 
 use self::worker::Worker;
@@ -54,6 +58,8 @@ pub struct Order {
     pub migration: MigrationId,
     /// Where the container's root is mounted.
     pub rootfs: PathBuf,
+    /// What a switchover costs beside the pages, from earlier moves on this host.
+    pub fixed: Duration,
 }
 
 /// The container as the rest of its host knows it.
@@ -98,8 +104,9 @@ pub fn run<C: Checkpointer>(
     tell: impl FnMut(&Event),
 ) -> End {
     let clock = Clock::start();
-    let dry_run = order.request.dry_run;
-    Worker::new(order, origin, container, clock, tell).run(commands, Source::begin(dry_run, clock.now()))
+    let Order { request, fixed, .. } = &order;
+    let settings = Settings { dry_run: request.dry_run, limits: request.limits, fixed: *fixed };
+    Worker::new(order, origin, container, clock, tell).run(commands, Source::begin(settings, clock.now()))
 }
 
 /// Finishes a migration whose worker died after it had said that it commits.

@@ -14,6 +14,7 @@
 
 mod criu;
 mod images;
+mod memory;
 mod receive;
 mod restore;
 
@@ -29,8 +30,9 @@ use godwit_protocol::wire::Message;
 use godwit_protocol::wire::message::Resumed;
 use godwit_protocol::{Failure, worker};
 
-pub use self::criu::CriuRestorer;
+pub use self::criu::{CriuRestorer, abilities};
 use self::images::Images;
+use self::memory::Memory;
 use self::receive::Receiver as LinkReceiver;
 use self::restore::Restoring;
 use crate::Cause;
@@ -64,12 +66,16 @@ pub enum Word {
 
 /// Restores one container.
 pub trait Restorer: Clone + Send + 'static {
-    /// Restores from the images in the directory `images`. `decide` is called when the container is held, complete
+    /// Returns where CRIU works, and looks for the server of page faults.
+    fn work_path(&self) -> &Path;
+
+    /// Restores from the images in the directory `images`; with `lazy_pages` memory that is not in them comes from the
+    /// server of page faults. `decide` is called when the container is held, complete
     /// and stopped; it may take its time. Returns the process id of its init, which runs.
     ///
     /// # Errors
     /// What went wrong, or that the container was given up; nothing of it is left then.
-    fn restore(&self, images: &Path, decide: impl FnOnce() -> Word) -> Result<i32, Cause>;
+    fn restore(&self, images: &Path, lazy_pages: bool, decide: impl FnOnce() -> Word) -> Result<i32, Cause>;
 
     /// Removes the container after it was let run.
     ///
@@ -98,6 +104,9 @@ pub enum TargetError {
     /// The directory for images cannot be made.
     #[error("no directory in memory can be made for the images")]
     Images(#[source] io::Error),
+    /// The memory of the container cannot be received.
+    #[error("the container's memory cannot be received")]
+    Memory(#[source] Cause),
     /// A thread cannot be started.
     #[error("no thread can be started")]
     Thread(#[source] io::Error),
@@ -128,7 +137,19 @@ pub fn run(
     let images = ImageDir::new(room_bytes).map_err(TargetError::Images)?;
     let (send, receive) = link.split();
     let (tell, events) = channel();
-    let receiver = LinkReceiver::new(receive, order.rootfs.clone(), Images::into_directory(images.path()));
+    let memory = match handover.streams {
+        Some(bulk_count) => {
+            let tell = tell.clone();
+            // A machine that has ended does not care.
+            let tell = move |event| drop(tell.send(event));
+            let received = Memory::receive(agent.streams()?, bulk_count, room_bytes, tell);
+            Some(received.map_err(TargetError::Memory)?)
+        }
+        None => None,
+    };
+    let gate = memory.as_ref().map(Memory::gate);
+    let receiver =
+        LinkReceiver::new(receive, order.rootfs.clone(), Images::into_directory(images.path()), gate);
     let breaker = send.breaker();
     // Carries nothing: it ends with the thread that reads.
     let (reading, link_ended) = channel();
@@ -147,6 +168,7 @@ pub fn run(
         send,
         tell,
         restoring: None,
+        memory,
         report,
         clock,
         _alive: alive,
@@ -191,6 +213,7 @@ struct Worker<'w, C, R> {
     send: SendHalf,
     tell: Sender<Event>,
     restoring: Option<Restoring>,
+    memory: Option<Memory>,
     report: R,
     clock: Clock,
     /// Tells whoever is asked about the fate that the answer is still to come.
@@ -200,7 +223,7 @@ struct Worker<'w, C, R> {
 impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
     /// Steps the machine to its end.
     fn work(&mut self, events: &Receiver<Event>) -> End {
-        let mut step = Target::begin(self.clock.now());
+        let mut step = Target::begin(self.memory.is_some(), self.clock.now());
         loop {
             let Step { state, actions } = step;
             for action in actions {
@@ -227,6 +250,7 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
         match action {
             Action::SendReady => self.say(&Message::Ready { room_bytes: self.room_bytes }),
             Action::SendApplied(pass) => self.say(&Message::RootfsApplied { pass }),
+            Action::SendRoundReceived(round) => self.say(&Message::RoundReceived { round }),
             Action::SendReceived => self.say(&Message::Received),
             Action::Restore => self.restore(),
             Action::SendRestored => self.say(&Message::Restored),
@@ -238,11 +262,28 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
                 self.tell(event);
             }
             Action::Resume => {
+                // All memory is registered by now: what is here may be put in place before the tasks ask for it.
+                if let Some(memory) = &self.memory {
+                    memory.fill();
+                }
                 if let Some(restoring) = &self.restoring {
                     restoring.resume();
                 }
             }
             Action::ReportResumed { pid } => self.report_resumed(pid),
+            Action::ReportFilled(memory) => {
+                self.say(&Message::MemoryComplete(memory));
+                (self.report)(&worker::Event::Filled);
+            }
+            // There is no way for the source to come back yet: see the source's `rejoin`.
+            Action::SendLacking => {}
+            Action::Destroy => {
+                let destroyed = self.restorer.remove().map_err(|cause| causes(cause.as_ref()));
+                self.tell(match destroyed {
+                    Ok(()) => Event::Undone,
+                    Err(cause) => Event::UndoFailed { cause },
+                });
+            }
             Action::Undo { tell } => self.undo(tell),
             Action::ReportFailed { failure } => {
                 log::error!(
@@ -255,23 +296,32 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
     }
 
     fn restore(&mut self) {
+        let lazy_pages = self.memory.is_some();
+        if let Some(memory) = &self.memory
+            && let Err(cause) = memory.serve(self.restorer.work_path())
+        {
+            return self.tell(Event::Failed { cause: causes(cause.as_ref()) });
+        }
         let tell = self.tell.clone();
         // A machine that has ended does not care.
         let tell = move |event| drop(tell.send(event));
-        match Restoring::start(self.restorer.clone(), self.images.path().to_owned(), tell) {
+        match Restoring::start(self.restorer.clone(), self.images.path().to_owned(), lazy_pages, tell) {
             Ok(restoring) => self.restoring = Some(restoring),
             Err(error) => self.tell(Event::Failed { cause: format!("no thread can be started: {error}") }),
         }
     }
 
     fn report_resumed(&mut self, pid: i32) {
-        let Usage { cpu_us, disk_bytes_written } = Usage::so_far();
+        let Usage { cpu_us, disk_bytes_written, .. } = Usage::so_far();
         self.say(&Message::Resumed(Resumed { pid, cpu_us, disk_bytes_written }));
         (self.report)(&worker::Event::Restored { pid });
     }
 
     /// Removes what was restored, and only then records and says that the source may go on.
     fn undo(&mut self, detail: Option<String>) {
+        if let Some(memory) = &self.memory {
+            memory.stop();
+        }
         let restoring = self.restoring.take();
         let removed = restoring.map_or(Ok(()), |restoring| restoring.undo(&self.restorer));
         let undone = removed.and_then(|()| match self.record.decide(Decision::Aborted) {

@@ -15,6 +15,8 @@ pub struct Usage {
     pub cpu_us: u64,
     /// Bytes that were caused to be written to storage.
     pub disk_bytes_written: u64,
+    /// Most memory that this process has had at a time, in bytes.
+    pub peak_bytes: u64,
 }
 
 impl Usage {
@@ -26,7 +28,9 @@ impl Usage {
             getrusage(who)
                 .map_or(0, |usage| microseconds(usage.user_time()) + microseconds(usage.system_time()))
         });
-        Self { cpu_us: cpu.sum(), disk_bytes_written: written(&io) }
+        let peak_kb = getrusage(UsageWho::RUSAGE_SELF).map_or(0, |usage| usage.max_rss());
+        let peak_bytes = u64::try_from(peak_kb).unwrap_or(0) * 1024;
+        Self { cpu_us: cpu.sum(), disk_bytes_written: written(&io), peak_bytes }
     }
 }
 

@@ -23,6 +23,7 @@ use containerd_client::{
 use godwit_protocol::{
     MigrationId, MigrationRequest,
     offer::{ContainerRecord, Needs, NodeFacts, Offer, Snapshot, Stdio},
+    plan::Abilities,
 };
 
 use crate::{
@@ -152,6 +153,9 @@ impl Source {
             container,
             stdio: stdio_of(process),
             needs,
+            // The engine's to say.
+            abilities: Abilities::default(),
+            streams: 0,
         })
     }
 

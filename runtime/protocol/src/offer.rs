@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::plan::Abilities;
 use crate::request::{MigrationId, Mode};
 
 /// A container that is offered to a target.
@@ -33,6 +34,12 @@ pub struct Offer {
     pub stdio: Stdio,
     /// What the container needs of the kernel and of memory.
     pub needs: Needs,
+    /// What the source can do with the memory of the container's tasks.
+    #[serde(default)]
+    pub abilities: Abilities,
+    /// Bulk streams that pages are to travel on, if they travel apart from CRIU's images.
+    #[serde(default)]
+    pub streams: u8,
 }
 
 /// What a host is, as far as it matters to a container that moves.
@@ -189,6 +196,9 @@ pub struct Accept {
     pub missing: Vec<String>,
     /// The target host.
     pub target: NodeFacts,
+    /// What the target can do with the memory of restored tasks.
+    #[serde(default)]
+    pub abilities: Abilities,
 }
 
 /// Byte strings as hexadecimal text, twice their size instead of the four times of a JSON array.

@@ -64,6 +64,13 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Tells whether godwit carries the pages between two such hosts, whatever was asked for. Both ends come to the
+    /// same answer.
+    #[must_use]
+    pub const fn is_ours(source: &Abilities, target: &Abilities) -> bool {
+        source.cannot_hide.is_none() && target.cannot_serve.is_none()
+    }
+
     /// Chooses how pages travel.
     ///
     /// # Errors
@@ -149,6 +156,11 @@ mod tests {
         for mode in Mode::ALL {
             let plan = choose(mode, false, &source, &able).unwrap();
             assert!(plan.way == Way::InImages && plan.notes[0].contains("no seccomp"));
+            assert!(
+                !Plan::is_ours(&source, &able)
+                    && !Plan::is_ours(&able, &target)
+                    && Plan::is_ours(&able, &able)
+            );
             let plan = choose(mode, false, &able, &target).unwrap();
             assert!(plan.way == Way::InImages && plan.notes[0].contains("no userfaultfd"));
         }

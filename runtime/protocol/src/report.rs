@@ -147,19 +147,25 @@ pub struct Round {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Faults {
     /// Faults whose page had to be fetched from the source.
-    pub network: u64,
+    pub network: Waits,
     /// Faults whose page was at the target already.
-    pub local: u64,
-    /// Half of the faults were answered within so many microseconds.
+    pub local: Waits,
+}
+
+/// How long faults of one kind took. CRIU makes the descriptors that they come from so that the threads that wait
+/// cannot be told apart, so the time is that of all together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Waits {
+    /// How many there were.
+    pub count: u64,
+    /// Half of them took no longer, in microseconds.
     pub p50_us: u64,
-    /// All but one in a hundred were answered within so many microseconds.
+    /// All but one in a hundred took no longer, in microseconds.
     pub p99_us: u64,
     /// The longest, in microseconds.
     pub max_us: u64,
-    /// Time that all threads together waited for pages, in microseconds.
+    /// All together, in microseconds.
     pub blocked_us: u64,
-    /// Time that the thread that waited longest waited in all, in microseconds.
-    pub blocked_max_us: u64,
 }
 
 /// What the target's worker says when every page is in its task.

@@ -166,6 +166,8 @@ pub enum Action {
     },
     /// Tell the source and the shim that every page is in its task.
     ReportFilled(TargetMemory),
+    /// Close the link and every stream, so that the source notices and comes back over new ones.
+    DropLink,
     /// Tell the source what is lacking, over the new link.
     SendLacking,
     /// Kill the container, which lacks pages that will not come. Answered by `Undone` or `UndoFailed`.
@@ -195,8 +197,8 @@ pub struct Step {
 
 /// Time for which the source may be silent while its container runs.
 pub const COPY_ROOTFS_MAX: Duration = Duration::from_secs(7200);
-/// Time for the freeze, the dump and the transfer.
-pub const RECEIVE_MAX: Duration = Duration::from_secs(3600);
+/// Time for one round of pages, or for the freeze, the dump and the transfer. The source's own limits are tighter.
+pub const RECEIVE_MAX: Duration = Duration::from_secs(7200);
 /// Time for CRIU to restore.
 pub const RESTORE_MAX: Duration = Duration::from_secs(300);
 /// Time for which the source is awaited while tasks lack pages that only it has.
@@ -215,8 +217,10 @@ impl Target {
     pub fn step(self, event: Event, now: Tick) -> Step {
         let Self { state, fills, entered } = self;
         let before = state.label();
+        // However many rounds there are: each has its time.
+        let again = matches!(event, Event::RoundComplete(_));
         let (state, actions) = next(state, fills, event);
-        let entered = if state.label() == before { entered } else { now };
+        let entered = if state.label() == before && !again { entered } else { now };
         Step { state: Self { state, fills, entered }, actions }
     }
 
@@ -390,7 +394,7 @@ fn filling(state: State, pid: i32, event: Event) -> Next {
         (_, Event::Rejoined) => return (State::Filling { pid }, vec![Action::SendLacking]),
         (_, Event::Failed { cause }) => cause,
         (State::Filling { .. }, Event::LinkLost { .. } | Event::Abort { .. } | Event::Nonsense { .. }) => {
-            return (State::Stranded { pid }, vec![]);
+            return (State::Stranded { pid }, vec![Action::DropLink]);
         }
         (State::Stranded { .. }, Event::Deadline) => {
             "the source did not come back with pages that the container lacks".to_owned()
@@ -459,6 +463,7 @@ impl Action {
             Self::SendApplied(_) => "SendApplied",
             Self::SendRoundReceived(_) => "SendRoundReceived",
             Self::ReportFilled(_) => "ReportFilled",
+            Self::DropLink => "DropLink",
             Self::SendLacking => "SendLacking",
             Self::Destroy => "Destroy",
             Self::SendReceived => "SendReceived",

@@ -19,11 +19,11 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clap::Args;
+use clap::{Args, value_parser};
 use godwit_node::client::DEFAULT_ADDRESS;
 use godwit_node::source::TaskState;
 use godwit_node::{NodeError, Source};
-use godwit_protocol::request::RequestError;
+use godwit_protocol::request::{Images, Limits, RequestError};
 use godwit_protocol::worker::Ended;
 use godwit_protocol::{Fate, MigrationId, MigrationRequest, Mode, Phase, Side};
 use nix::sys::signal::{SigSet, Signal};
@@ -60,9 +60,12 @@ pub(crate) struct Migrate {
     /// The target: a name or address, and a port if its agent's is not 7450
     #[arg(long, value_name = "HOST[:PORT]", value_parser = MigrationRequest::to_target)]
     to: MigrationRequest,
-    /// When memory travels: native (all of it while the container is frozen)
-    #[arg(long, value_name = "MODE", default_value_t = Mode::Native)]
+    /// When memory travels: native (while it is frozen), precopy (before, in rounds), postcopy (after it runs on
+    /// the target), hybrid (rounds, then the rest after), or auto (rounds while they help)
+    #[arg(long, value_name = "MODE", default_value_t = Mode::Auto)]
     mode: Mode,
+    #[command(flatten)]
+    tuning: Tuning,
     /// containerd's namespace [default: $CONTAINERD_NAMESPACE or "default"]
     #[arg(long, short, value_name = "NAME")]
     namespace: Option<String>,
@@ -83,11 +86,54 @@ pub(crate) struct Migrate {
     quiet: bool,
 }
 
+/// How a migration may spend what it has.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Memory")]
+struct Tuning {
+    /// Where images and pages are on their way: cache (memory), or disk
+    #[arg(long, value_name = "WHERE", default_value_t = Images::default())]
+    images: Images,
+    /// Longest downtime that rounds aim at, in milliseconds
+    #[arg(long, value_name = "MS", default_value_t = Limits::default().downtime_limit_ms, value_parser = value_parser!(u32).range(1..=3_600_000))]
+    downtime_limit: u32,
+    /// With auto: leave pages to travel after it runs on the target when rounds do not help. If the link is lost
+    /// then, the container waits for it
+    #[arg(long)]
+    allow_postcopy: bool,
+    /// After so many seconds of rounds, switch over or give up
+    #[arg(long, value_name = "S", default_value_t = Limits::default().timeout_s, value_parser = value_parser!(u32).range(1..=86_400))]
+    timeout: u32,
+    /// Most rounds
+    #[arg(long, value_name = "N", default_value_t = Limits::default().max_rounds, value_parser = value_parser!(u32).range(1..=1000))]
+    max_rounds: u32,
+    /// Leave pages that were written in so many rounds running to the switchover (0: none)
+    #[arg(long, value_name = "N", default_value_t = Limits::default().hot_threshold, value_parser = value_parser!(u32).range(..=1000))]
+    hot_threshold: u32,
+    /// Connections that carry pages [default: the number of processors, up to 4]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u8).range(1..=64))]
+    streams: Option<u8>,
+}
+
+impl Tuning {
+    fn limits(&self) -> Limits {
+        Limits {
+            downtime_limit_ms: self.downtime_limit,
+            timeout_s: self.timeout,
+            max_rounds: self.max_rounds,
+            hot_threshold: self.hot_threshold,
+            streams: self.streams,
+            allow_postcopy: self.allow_postcopy,
+        }
+    }
+}
+
 impl Migrate {
     pub(crate) fn run(&self) -> Result<ExitCode> {
         let migration = new_migration_id()?;
         let request = MigrationRequest {
             mode: self.mode,
+            images: self.tuning.images,
+            limits: self.tuning.limits(),
             migration: Some(migration.clone()),
             keep: self.keep,
             dry_run: self.dry_run,

@@ -7,7 +7,7 @@
 
 use std::io::{BufRead, stdin};
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -17,8 +17,8 @@ use clap::Args;
 use godwit_container::checkpoint::preflight::blockers;
 use godwit_container::{Store, Stored};
 use godwit_criu::{Program, Session, Setup};
-use godwit_engine::Cause;
 use godwit_engine::source::{self, Blob, CriuCheckpointer, Order, Origin};
+use godwit_engine::{Cause, switchover_cost};
 use godwit_node::Source;
 use godwit_node::content::BlobReader;
 use godwit_protocol::offer::Offer;
@@ -70,6 +70,7 @@ impl MigrateSource {
             request: self.to.clone(),
             migration: migration.clone(),
             rootfs: self.bundle.join("rootfs"),
+            fixed: switchover_cost::last(Path::new(COST_FILE)),
         };
         let (origin, container) = match self.open(store, migration) {
             Ok(opened) => opened,
@@ -81,7 +82,11 @@ impl MigrateSource {
         };
         let work = if self.resolve { source::resolve } else { source::run };
         match work(order, origin, container, commands(), &mut |event: &worker::Event| events.tell(event)) {
-            End::Migrated(_) | End::Checked => Ok(ExitCode::SUCCESS),
+            End::Migrated(moved) => {
+                switchover_cost::note(Path::new(COST_FILE), &moved.downtime);
+                Ok(ExitCode::SUCCESS)
+            }
+            End::Checked => Ok(ExitCode::SUCCESS),
             End::Failed(failure) => Err(failure.into()),
         }
     }
@@ -117,6 +122,9 @@ impl MigrateSource {
         Failure { side: Side::Source, phase, fate, cause: cause.to_string() }
     }
 }
+
+/// Where the cost of the last move's switchover is remembered until the next boot.
+const COST_FILE: &str = "/run/godwit/switchover_us";
 
 /// The container in this host's containerd.
 #[derive(Debug)]

@@ -33,10 +33,6 @@ impl Sender {
         Self { stream, link, buffer: Vec::new() }
     }
 
-    pub(super) fn stream(&self) -> StreamId {
-        self.stream
-    }
-
     /// Reads `pages` of the process `pid` and sends what it finds.
     ///
     /// # Errors

@@ -3,6 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use godwit_memory::hide::Hidden;
+use godwit_memory::tracker::DirtyTracker;
+use godwit_protocol::plan::Abilities;
+
 use crate::Cause;
 
 /// What becomes of a dumped container.
@@ -22,11 +26,21 @@ pub trait Checkpointer {
     /// A dump that has been prepared.
     type Dump: Dumping;
 
-    /// Prepares a dump into the directory `images` while the container runs, and touches no task.
+    /// Returns what can be done here with the memory of its tasks.
+    fn abilities(&self) -> Abilities;
+
+    /// Returns its tasks, for a thread that follows their memory.
     ///
     /// # Errors
-    /// What is in the way of a dump.
-    fn prepare(&mut self, images: &Path) -> Result<Self::Dump, Cause>;
+    /// If its cgroup cannot be found.
+    fn tasks(&self) -> Result<Box<dyn Tasks>, Cause>;
+
+    /// Prepares a dump into the directory `images` while the container runs, and touches no task. What is `hidden`
+    /// when the dump runs is not in it.
+    ///
+    /// # Errors
+    /// What is in the way of a dump, or of hiding.
+    fn prepare(&mut self, images: &Path, hidden: Option<&Hidden>) -> Result<Self::Dump, Cause>;
 
     /// Stops every task. From here on, dropping the value lets them run again.
     ///
@@ -51,6 +65,21 @@ pub trait Checkpointer {
 
     /// Returns the files of the container, relative to its root, whose changes leave no trace in their attributes.
     fn untraced_files(&self) -> BTreeSet<Vec<u8>>;
+}
+
+/// The tasks of a container, as far as their memory is concerned.
+pub trait Tasks: Send {
+    /// Returns the processes there are now, by their ids on this host.
+    ///
+    /// # Errors
+    /// If they cannot be listed.
+    fn processes(&self) -> Result<Vec<i32>, Cause>;
+
+    /// Makes a tracker of the best kind that the kernel offers.
+    ///
+    /// # Errors
+    /// Why there is none.
+    fn tracker(&self) -> Result<Box<dyn DirtyTracker + Send>, Cause>;
 }
 
 /// A dump that has been prepared.

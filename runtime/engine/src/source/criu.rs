@@ -5,13 +5,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use godwit_container::cgroup::FREEZE_LIMIT;
-use godwit_container::checkpoint::{CheckpointOptions, Decision, Dump, Outcome};
+use godwit_container::checkpoint::{CheckpointOptions, Decision, Dump, Hiding, Outcome};
 use godwit_container::{Stored, cgroup};
 use godwit_criu::Program;
+use godwit_memory::MemoryError;
+use godwit_memory::hide::{self, Hidden};
+use godwit_memory::tracker::{DirtyTracker, Procfs, SoftDirtyTracker, WpAsyncTracker};
+use godwit_protocol::plan::Abilities;
 use godwit_sys::freezer::{Freezer, FreezerState, Frozen};
 use godwit_sys::pidfd::PidFd;
 
-use super::container::{Checkpointer, Dumping, Verdict};
+use super::container::{Checkpointer, Dumping, Tasks, Verdict};
 use crate::Cause;
 use crate::rootfs::shared_writable_paths;
 
@@ -50,15 +54,31 @@ impl CriuCheckpointer {
 impl Checkpointer for CriuCheckpointer {
     type Dump = Dump;
 
-    fn prepare(&mut self, images: &Path) -> Result<Dump, Cause> {
+    fn abilities(&self) -> Abilities {
+        let cannot_track =
+            self.tasks().and_then(|tasks| tasks.tracker()).err().map(|cause| cause.to_string());
+        let cannot_hide = hide::probe().err().map(|error| error.to_string());
+        Abilities { cannot_track, cannot_hide, cannot_serve: None }
+    }
+
+    fn tasks(&self) -> Result<Box<dyn Tasks>, Cause> {
+        Ok(Box::new(CgroupTasks { stored: self.stored.clone(), freezer: cgroup::freezer(&self.stored)? }))
+    }
+
+    fn prepare(&mut self, images: &Path, hidden: Option<&Hidden>) -> Result<Dump, Cause> {
         let options = CheckpointOptions {
             work_path: Some(self.work_path.clone()),
             tcp_established: true,
             external_unix_sockets: true,
             file_locks: true,
+            hidden: hidden.cloned(),
             ..CheckpointOptions::new(images)
         };
-        Ok(Dump::prepare(&Program::find()?, &self.stored, &options)?)
+        let dump = Dump::prepare(&Program::find()?, &self.stored, &options)?;
+        match dump.hiding() {
+            Hiding::Impossible(why) => Err(format!("memory cannot be kept from criu: {why}").into()),
+            Hiding::Active | Hiding::Unasked => Ok(dump),
+        }
     }
 
     fn freeze(&mut self) -> Result<(), Cause> {
@@ -111,6 +131,36 @@ impl Checkpointer for CriuCheckpointer {
     }
 }
 
+/// The tasks in the container's cgroup.
+#[derive(Debug)]
+struct CgroupTasks {
+    stored: Stored,
+    freezer: Freezer,
+}
+
+impl Tasks for CgroupTasks {
+    fn processes(&self) -> Result<Vec<i32>, Cause> {
+        Ok(cgroup::processes(&self.stored)?)
+    }
+
+    fn tracker(&self) -> Result<Box<dyn DirtyTracker + Send>, Cause> {
+        let no_wp_async = match WpAsyncTracker::new(STOP_LIMIT) {
+            Ok(tracker) => return Ok(Box::new(tracker)),
+            Err(error) => error,
+        };
+        let freezer = Freezer::open(self.freezer.directory())?;
+        let halt = move || match freezer.state()? {
+            // Frozen by the switchover, which is who thaws it.
+            FreezerState::Frozen => Ok(None),
+            _ => Ok::<_, MemoryError>(Some(freezer.freeze(FREEZE_LIMIT)?)),
+        };
+        match Procfs::new(halt) {
+            Ok(kernel) => Ok(Box::new(SoftDirtyTracker::new(kernel))),
+            Err(no_soft_dirty) => Err(format!("{no_wp_async}; {no_soft_dirty}").into()),
+        }
+    }
+}
+
 impl Dumping for Dump {
     fn run(self, decide: impl FnOnce() -> Verdict) -> Result<(), Cause> {
         let outcome = Self::run(self, || match decide() {
@@ -123,5 +173,7 @@ impl Dumping for Dump {
     }
 }
 
+/// Time for a task to stop for the injection of its tracker.
+const STOP_LIMIT: Duration = Duration::from_millis(500);
 const SIGKILL: i32 = 9;
 const KILL_LIMIT: Duration = Duration::from_secs(10);

@@ -43,6 +43,8 @@ fn event_of(message: Message<'_>) -> PeerEvent {
         Message::Preparing(step) => PeerEvent::Preparing(step),
         Message::Ready { .. } => PeerEvent::Ready,
         Message::RootfsApplied { pass } => PeerEvent::RootfsApplied(pass),
+        Message::RoundReceived { round } => PeerEvent::RoundReceived(round),
+        Message::MemoryComplete(memory) => PeerEvent::MemoryComplete(memory),
         Message::Received => PeerEvent::Received,
         Message::Restored => PeerEvent::Restored,
         Message::Resumed(resumed) => PeerEvent::Resumed(resumed),

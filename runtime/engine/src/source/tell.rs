@@ -4,8 +4,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use godwit_protocol::failure::Fate;
-use godwit_protocol::report::{Bytes, CpuSeconds, DowntimeParts, Outcome, Pages, Report, Tick};
-use godwit_protocol::source::Moved;
+use godwit_protocol::report::{Bytes, CpuSeconds, DowntimeParts, Outcome, Pages, PeakBytes, Report, Tick};
+use godwit_protocol::source::Source;
+use godwit_protocol::wire::pages::PAGE_BYTES;
 use godwit_protocol::worker::{self, Snapshot};
 use godwit_protocol::{Failure, Phase};
 
@@ -14,8 +15,8 @@ use super::worker::Worker;
 use crate::usage::Usage;
 
 impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
-    pub(super) fn report_moved(&mut self, moved: Option<Moved>) {
-        let report = self.report_of(Outcome::Migrated, moved);
+    pub(super) fn report_moved(&mut self, source: &Source) {
+        let report = self.report_of(Outcome::Migrated, source);
         log::info!(
             migration = self.order.migration.as_str(), side = "source", mode = self.order.request.mode.name();
             "moved: down {:.1} ms, {:.1} ms in all, {} bytes", report.downtime_ms, report.total_ms, report.bytes.wire
@@ -32,12 +33,14 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         (self.tell)(&worker::Event::Failed { failure });
     }
 
-    pub(super) fn report_of(&self, outcome: Outcome, moved: Option<Moved>) -> Report {
+    pub(super) fn report_of(&self, outcome: Outcome, source: &Source) -> Report {
         let usage = Usage::so_far();
+        let moved = source.moved();
         let resumed = moved.map(|moved| moved.resumed).unwrap_or_default();
+        let memory_there = moved.and_then(|moved| moved.memory).unwrap_or_default();
         let downtime = moved.map_or_else(DowntimeParts::default, |moved| moved.downtime);
         let memory = self.sent.pages.load(Ordering::Relaxed);
-        let pages = memory / PAGE_BYTES;
+        let (normal, zero) = (memory / PAGE_BYTES, self.sent.zero_pages.load(Ordering::Relaxed));
         let ended_at = if moved.is_some() { self.moved_at } else { self.clock.now() };
         Report {
             id: self.order.id.clone(),
@@ -49,20 +52,33 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
             downtime_ms: downtime.total_ms(),
             downtime,
             // CRIU leaves out pages that were never touched and keeps no account of zero ones it finds.
-            pages: Pages { total: pages, normal: pages, zero: 0 },
+            pages: Pages { total: normal + zero, normal, zero, duplicate: memory_there.duplicate_pages },
             bytes: Bytes {
                 state: self.sent.state.load(Ordering::Relaxed),
                 memory,
                 rootfs: self.sent.rootfs.load(Ordering::Relaxed),
                 wire: self.sent_bytes(),
             },
-            disk_bytes_written: usage.disk_bytes_written + resumed.disk_bytes_written,
-            cpu_s: CpuSeconds { source: seconds(usage.cpu_us), target: seconds(resumed.cpu_us) },
+            // The later word holds what the earlier did.
+            disk_bytes_written: usage.disk_bytes_written
+                + resumed.disk_bytes_written.max(memory_there.disk_bytes_written),
+            cpu_s: CpuSeconds {
+                source: seconds(usage.cpu_us),
+                target: seconds(resumed.cpu_us.max(memory_there.cpu_us)),
+            },
+            fill_ms: moved.map_or(0.0, |moved| ended_at.ms_since(moved.at)),
+            rounds: source.rounds().to_vec(),
+            expected_downtime_ms: source.expected_downtime().map(|expected| expected.as_secs_f64() * 1e3),
+            faults: memory_there.faults,
+            peak_memory_bytes: PeakBytes { source: usage.peak_bytes, target: memory_there.peak_bytes },
+            streams: self.streams.as_ref().map_or(0, |streams| streams.bulk_count()),
+            notes: self.plan.as_ref().map(|plan| plan.notes.clone()).unwrap_or_default(),
         }
     }
 
     fn sent_bytes(&self) -> u64 {
-        self.link.as_ref().map_or(0, |link| link.bulk.sent_bytes())
+        let link = self.link.as_ref().map_or(0, |link| link.bulk.sent_bytes());
+        link + self.streams.as_ref().map_or(0, |streams| streams.sent_bytes())
     }
 
     pub(super) fn tell_progress(&mut self, phase: Phase) {
@@ -101,5 +117,3 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
 fn seconds(us: u64) -> f64 {
     Duration::from_micros(us).as_secs_f64()
 }
-
-const PAGE_BYTES: u64 = 4096;

@@ -1,6 +1,7 @@
 //! What the source's actions do: threads that send, and the container.
 
 use std::collections::BTreeSet;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -16,6 +17,7 @@ use super::bulk::{BulkError, BulkLink, RootfsSender};
 use super::container::{Checkpointer, Dumping, Verdict};
 use super::images::ImageStream;
 use super::listen::{Heard, listen};
+use super::memory::{Cut, Memory, Route, Told};
 use super::worker::{Connected, Dump, News, Sent, Worker};
 use super::{ask, blobs};
 use crate::Cause;
@@ -71,7 +73,9 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
     }
 
     pub(super) fn send_offer(&mut self) -> Result<(), Cause> {
-        let offer = self.origin.offer()?;
+        let mut offer = self.origin.offer()?;
+        offer.abilities = self.abilities.clone();
+        offer.streams = self.stream_count();
         self.expected_bytes = offer.needs.memory_bytes + offer.needs.rootfs_bytes;
         self.offered = offer.container.image.as_ref().map(|image| image.blobs.clone()).unwrap_or_default();
         Ok(self.bulk()?.send_always(&Message::Offer(Box::new(offer)))?)
@@ -113,7 +117,9 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
     /// Prepares CRIU first: what is in the way of a dump is best known before anything is copied.
     pub(super) fn send_rootfs(&mut self) -> Result<(), Cause> {
         let images = ImageDir::new(image_dir::room_bytes())?;
-        let dump = self.container.prepare(images.path())?;
+        self.memory = self.start_memory()?;
+        let dump =
+            self.container.prepare(images.path(), self.memory.as_ref().map(|memory| &memory.hidden))?;
         self.images = Some(images);
         let rootfs = self.order.rootfs.clone();
         let sent = Arc::clone(&self.sent);
@@ -127,15 +133,65 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         Ok(())
     }
 
+    /// Starts the thread that follows and sends the tasks' memory, if that is ours to do.
+    fn start_memory(&self) -> Result<Option<Memory>, Cause> {
+        let Some(way) = self.plan.as_ref().map(|plan| plan.way).filter(|way| way.is_ours()) else {
+            return Ok(None);
+        };
+        let request = &self.order.request;
+        let route = Route {
+            host: request.host.clone(),
+            port: request.port,
+            migration: self.order.migration.clone(),
+            streams: self.stream_count(),
+            way,
+            hot_threshold: request.limits.hot_threshold,
+        };
+        let news = self.teller.clone();
+        let tell = move |told| {
+            let told = match told {
+                Told::Open(streams) => News::Streams(streams),
+                Told::Event(event) => News::Event(event),
+            };
+            news.send(told).ok();
+        };
+        Ok(Some(Memory::start(route, self.container.tasks()?, Arc::clone(&self.sent), tell)?))
+    }
+
+    /// As many as the processors can keep busy: each stream takes one to read and send, and one to receive.
+    fn stream_count(&self) -> u8 {
+        let processors = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let usual = u8::try_from(processors.min(STREAMS_USUAL_MAX)).unwrap_or(1);
+        self.order.request.limits.streams.unwrap_or(usual)
+    }
+
+    pub(super) fn open_streams(&mut self) -> Result<(), Cause> {
+        self.memory.as_ref().ok_or("the memory is not followed")?.open();
+        Ok(())
+    }
+
+    pub(super) fn with_memory(&self, order: impl FnOnce(&Memory)) {
+        if let Some(memory) = &self.memory {
+            order(memory);
+        }
+    }
+
     pub(super) fn freeze(&mut self) -> Result<(), Cause> {
         self.container.freeze()?;
         self.report(News::Event(Event::Froze));
         Ok(())
     }
 
-    pub(super) fn start_dump(&mut self) -> Result<(), Cause> {
+    pub(super) fn start_dump(&mut self, leave_pages: bool) -> Result<(), Cause> {
         let prepared = self.prepared.take().zip(self.images.as_ref());
         let ((copier, dump), images) = prepared.ok_or("the dump was not prepared")?;
+        let (hidden, planned) = match &self.memory {
+            Some(memory) => {
+                let Cut { hidden, planned } = memory.cut(leave_pages, self.bulk()?);
+                (Some(hidden), Some(planned))
+            }
+            None => (None, None),
+        };
         let untraced = self.container.untraced_files();
         let dumped = Arc::new(AtomicBool::new(false));
         let (verdict, verdicts) = channel();
@@ -150,6 +206,10 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
                     // Without a verdict nobody is left to give one, and the container goes on.
                     verdicts.recv().unwrap_or(Verdict::Release)
                 };
+                if hidden.is_some_and(|hidden| hidden.recv().is_err()) {
+                    // The memory thread has said why.
+                    return Err("the memory could not be hidden from criu".to_owned());
+                }
                 dump.run(decide).map_err(|cause| {
                     let cause = causes(cause.as_ref());
                     news.send(News::Event(Event::Failed { cause: cause.clone() })).ok();
@@ -158,7 +218,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
             }
         });
         self.dump = Some(Dump { verdict, thread });
-        self.stream(copier, untraced, ImageStream::of(images.path()), dumped);
+        self.stream(copier, untraced, ImageStream::of(images.path()), dumped, planned);
         Ok(())
     }
 
@@ -169,6 +229,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         untraced: BTreeSet<Vec<u8>>,
         mut images: ImageStream,
         dumped: Arc<AtomicBool>,
+        planned: Option<Receiver<()>>,
     ) {
         let sent = Arc::clone(&self.sent);
         self.in_background(move |bulk, news| {
@@ -181,8 +242,11 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
                 }
             }
             images.send_rest(bulk)?;
-            sent.pages.store(images.page_bytes(), Ordering::Relaxed);
+            sent.pages.fetch_add(images.page_bytes(), Ordering::Relaxed);
             sent.state.store(images.state_bytes(), Ordering::Relaxed);
+            if planned.is_some_and(|planned| planned.recv().is_err()) {
+                return Err(BulkError::Stopped);
+            }
             news.send(News::Event(Event::StateSent)).ok();
             images.send_manifest(bulk)
         });
@@ -210,6 +274,8 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
     /// that could change that.
     pub(super) fn kill(&mut self) {
         self.moved_at = self.clock.now();
+        // No page is needed any more, and CRIU has to find the tasks as it left them.
+        self.memory = None;
         if let Err(cause) = self.end_dump(Verdict::Kill) {
             log::warn!("criu did not end the moved container's tasks: {cause}");
         }
@@ -231,6 +297,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         if let Some(link) = &self.link {
             link.bulk.stop();
         }
+        self.memory = None;
         self.prepared = None;
         if let Err(cause) = self.end_dump(Verdict::Release) {
             log::debug!("criu: {cause}");
@@ -257,6 +324,16 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
             done.recv_timeout(LAST_WORD_MAX).ok();
         }
         breaker.break_link();
+    }
+
+    /// There is no way back yet: the target is asked for as long as the machine wants, and the pages are kept.
+    pub(super) fn rejoin(&self, pause: Duration) {
+        let news = self.teller.clone();
+        thread::spawn(move || {
+            thread::sleep(pause);
+            let cause = "a broken link cannot be opened again".to_owned();
+            news.send(News::Event(Event::AskFailed { cause })).ok();
+        });
     }
 
     pub(super) fn leave_frozen(&mut self) {
@@ -293,4 +370,6 @@ fn send_pass(
 /// How often page files are looked at while CRIU writes.
 const GROWTH_POLL: Duration = Duration::from_micros(500);
 /// How long a last message may take in either direction.
-const LAST_WORD_MAX: Duration = Duration::from_millis(500);
+pub(super) const LAST_WORD_MAX: Duration = Duration::from_millis(500);
+/// Bulk streams on a host with many processors: more only share the same network.
+const STREAMS_USUAL_MAX: usize = 4;

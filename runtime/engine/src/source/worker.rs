@@ -7,17 +7,20 @@ use std::thread::JoinHandle;
 
 use godwit_protocol::Phase;
 use godwit_protocol::offer::{self, Accept};
+use godwit_protocol::plan::{Abilities, Plan};
 use godwit_protocol::report::{Outcome, Tick};
-use godwit_protocol::source::{Action, End, Event, Moved, PeerEvent, Source, Step};
+use godwit_protocol::source::{Action, End, Event, PeerEvent, Source, Step};
 use godwit_protocol::worker::{self, Command};
 
 use super::bulk::BulkLink;
 use super::container::{Checkpointer, Verdict};
+use super::memory::Memory;
 use super::progress::{INTERVAL, Rate};
 use super::{Order, Origin};
 use crate::clock::Clock;
 use crate::image_dir::ImageDir;
 use crate::link::{Breaker, Link};
+use crate::pages::PageStreams;
 use crate::rootfs::Copier;
 use crate::text::causes;
 
@@ -25,6 +28,7 @@ use crate::text::causes;
 pub(super) enum News<D> {
     Event(Event),
     Connected(Box<Link>),
+    Streams(Arc<PageStreams>),
     Accepted(Box<Accept>),
     /// The live pass is over and CRIU is ready; what both need for the second half.
     Copied {
@@ -53,7 +57,10 @@ pub(super) struct Dump {
 #[derive(Debug, Default)]
 pub(super) struct Sent {
     pub(super) rootfs: AtomicU64,
+    /// Bytes of contents.
     pub(super) pages: AtomicU64,
+    /// Pages for which nothing but their names travelled.
+    pub(super) zero_pages: AtomicU64,
     pub(super) state: AtomicU64,
 }
 
@@ -61,6 +68,7 @@ pub(super) struct Worker<C: Checkpointer, T> {
     pub(super) order: Order,
     pub(super) origin: Arc<dyn Origin>,
     pub(super) container: C,
+    pub(super) abilities: Abilities,
     pub(super) clock: Clock,
     pub(super) tell: T,
     pub(super) teller: Sender<News<C::Dump>>,
@@ -71,6 +79,9 @@ pub(super) struct Worker<C: Checkpointer, T> {
     pub(super) images: Option<ImageDir>,
     pub(super) prepared: Option<(Box<Copier>, C::Dump)>,
     pub(super) dump: Option<Dump>,
+    pub(super) plan: Option<Plan>,
+    pub(super) memory: Option<Memory>,
+    pub(super) streams: Option<Arc<PageStreams>>,
     pub(super) sent: Arc<Sent>,
     pub(super) expected_bytes: u64,
     pub(super) rate: Rate,
@@ -85,6 +96,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         Self {
             order,
             origin,
+            abilities: container.abilities(),
             container,
             clock,
             tell,
@@ -96,6 +108,9 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
             images: None,
             prepared: None,
             dump: None,
+            plan: None,
+            memory: None,
+            streams: None,
             sent: Arc::default(),
             expected_bytes: 0,
             rate: Rate::default(),
@@ -130,7 +145,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
             self.tell_progress(phase);
         }
         for action in actions {
-            self.act(action, state.moved());
+            self.act(action, &state);
         }
         state
     }
@@ -170,10 +185,25 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
                 };
                 self.expected_bytes += accept.missing.iter().filter_map(size).sum::<u64>();
                 self.missing = accept.missing;
-                Some(Event::Peer(PeerEvent::Accepted))
+                let request = &self.order.request;
+                match Plan::choose(request.mode, &request.limits, &self.abilities, &accept.abilities) {
+                    Ok(plan) => {
+                        let way = plan.way;
+                        self.plan = Some(plan);
+                        Some(Event::Peer(PeerEvent::Accepted(way)))
+                    }
+                    Err(cause) => Some(Event::Failed { cause }),
+                }
             }
             News::Copied { copier, dump } => {
                 self.prepared = Some((copier, dump));
+                None
+            }
+            News::Streams(streams) => {
+                if let Some(memory) = &mut self.memory {
+                    memory.opened(&streams);
+                }
+                self.streams = Some(streams);
                 None
             }
             News::Command(Some(Command::Cancel)) => Some(Event::Cancel),
@@ -186,15 +216,16 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         }
     }
 
-    fn act(&mut self, action: Action, moved: Option<Moved>) {
+    fn act(&mut self, action: Action, source: &Source) {
         let done = match action {
             Action::SendOffer => self.send_offer(),
             Action::SendRootfs => self.send_rootfs(),
             Action::Freeze => self.freeze(),
-            Action::Dump => self.start_dump(),
+            Action::OpenStreams => self.open_streams(),
+            Action::Dump { leave_pages } => self.start_dump(leave_pages),
             Action::Commit => self.commit(),
             other => {
-                self.act_surely(other, moved);
+                self.act_surely(other, source);
                 Ok(())
             }
         };
@@ -204,22 +235,34 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
     }
 
     /// The actions that report how they end by an event of their own, or cannot fail.
-    fn act_surely(&mut self, action: Action, moved: Option<Moved>) {
+    fn act_surely(&mut self, action: Action, source: &Source) {
         match action {
+            Action::Scan => self.with_memory(Memory::scan),
+            Action::SendRound { round } => self.with_memory(|memory| memory.send_round(round)),
+            Action::Serve => {
+                let leave_pages = source.leaves_pages();
+                self.with_memory(|memory| memory.serve(leave_pages));
+            }
+            Action::Rejoin { pause } => self.rejoin(pause),
             Action::Connect => self.connect(),
             Action::SendBlobs => self.send_blobs(),
             Action::AskFate { pause } => self.ask_fate(pause),
             Action::Kill => self.kill(),
-            Action::ReportMoved => self.report_moved(moved),
+            Action::ReportMoved => self.report_moved(source),
             Action::CleanUp => self.clean_up(),
             Action::RollBack { tell } => self.roll_back(tell.as_deref()),
             Action::LeaveFrozen => self.leave_frozen(),
             Action::ReportChecked => {
-                let report = Box::new(self.report_of(Outcome::Checked, None));
+                let report = Box::new(self.report_of(Outcome::Checked, source));
                 (self.tell)(&worker::Event::Committed { report });
             }
             Action::ReportFailed { failure } => self.report_failed(failure),
-            Action::SendOffer | Action::SendRootfs | Action::Freeze | Action::Dump | Action::Commit => {
+            Action::SendOffer
+            | Action::SendRootfs
+            | Action::OpenStreams
+            | Action::Freeze
+            | Action::Dump { .. }
+            | Action::Commit => {
                 unreachable!("taken by `act`")
             }
         }

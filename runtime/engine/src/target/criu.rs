@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use godwit_container::checkpoint::Decision;
 use godwit_container::restore::{Hold, RestoreOptions, restore};
 use godwit_container::{Store, lifecycle};
+use godwit_memory::fault;
+use godwit_protocol::plan::Abilities;
 
 use super::{Restorer, Word};
 use crate::Cause;
@@ -32,13 +34,18 @@ pub struct CriuRestorer {
 }
 
 impl Restorer for CriuRestorer {
-    fn restore(&self, images: &Path, decide: impl FnOnce() -> Word) -> Result<i32, Cause> {
+    fn work_path(&self) -> &Path {
+        &self.work_path
+    }
+
+    fn restore(&self, images: &Path, lazy_pages: bool, decide: impl FnOnce() -> Word) -> Result<i32, Cause> {
         let options = RestoreOptions {
             work_path: Some(self.work_path.clone()),
             pid_file: self.pid_file.clone(),
             console_socket: self.console_socket.clone(),
             systemd_cgroup: self.systemd_cgroup,
             hold: hold_for(images)?,
+            lazy_pages,
             ..RestoreOptions::new(&self.bundle, images)
         };
         let stored = restore(&self.store, &self.id, &options, |_| match decide() {
@@ -51,6 +58,13 @@ impl Restorer for CriuRestorer {
     fn remove(&self) -> Result<(), Cause> {
         Ok(lifecycle::delete(&self.store, &self.id, true)?)
     }
+}
+
+/// Returns what can be done here with the memory of restored tasks.
+#[must_use]
+pub fn abilities() -> Abilities {
+    let cannot_serve = fault::probe().err().map(|error| error.to_string());
+    Abilities { cannot_serve, ..Abilities::default() }
 }
 
 /// With connections to keep, the network has to stay locked while the container is held, so that no packet is

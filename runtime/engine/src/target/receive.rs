@@ -3,12 +3,14 @@
 //! It ends with the link, and the link ends with it: whatever it cannot make sense of is reported once.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use godwit_protocol::rootfs::Pass;
 use godwit_protocol::target::Event;
 use godwit_protocol::wire::Message;
 
 use super::images::{Images, ImagesError};
+use super::memory::Gate;
 use crate::link::{LinkError, ReceiveHalf};
 use crate::rootfs::{Applier, RootfsError, Sink};
 use crate::text::causes;
@@ -21,6 +23,7 @@ pub(super) struct Receiver {
     applier: Option<Applier>,
     pass: Option<Pass>,
     images: Option<Images>,
+    memory: Option<Arc<Gate>>,
 }
 
 /// Why a message could not be taken.
@@ -32,9 +35,10 @@ enum Refusal {
 }
 
 impl Receiver {
-    /// Takes the writable layer through the root mounted at `rootfs`, and images into `images`.
-    pub(super) fn new(link: ReceiveHalf, rootfs: PathBuf, images: Images) -> Self {
-        Self { link, rootfs, applier: None, pass: None, images: Some(images) }
+    /// Takes the writable layer through the root mounted at `rootfs`, images into `images`, and the plan of pages that
+    /// come apart from them to `memory`.
+    pub(super) fn new(link: ReceiveHalf, rootfs: PathBuf, images: Images, memory: Option<Arc<Gate>>) -> Self {
+        Self { link, rootfs, applier: None, pass: None, images: Some(images), memory }
     }
 
     /// Reads until the link ends, and tells `tell` what happens. `tell` returns whether anybody still listens.
@@ -69,6 +73,7 @@ impl Receiver {
             applier: &mut self.applier,
             pass: &mut self.pass,
             images: &mut self.images,
+            memory: self.memory.as_deref(),
         };
         places.take(message).map_err(|refusal| match refusal {
             Refusal::Failed(cause) => Event::Failed { cause },
@@ -83,6 +88,7 @@ struct Places<'r> {
     applier: &'r mut Option<Applier>,
     pass: &'r mut Option<Pass>,
     images: &'r mut Option<Images>,
+    memory: Option<&'r Gate>,
 }
 
 impl Places<'_> {
@@ -113,7 +119,12 @@ impl Places<'_> {
             Message::StateEnd { manifest } => {
                 let images = self.images.take();
                 images.ok_or_else(|| out_of_place("StateEnd"))?.finish(&manifest)?;
-                return Ok(Some(Event::Complete));
+                let Some(memory) = self.memory else { return Ok(Some(Event::Complete)) };
+                memory.images_complete();
+            }
+            Message::MemoryPlan { space, round, stored_pages, remote } => {
+                let memory = self.memory.ok_or_else(|| out_of_place("a plan of pages"))?;
+                memory.promise(space, round, stored_pages, &remote).map_err(Refusal::Nonsense)?;
             }
             Message::Commit => return Ok(Some(Event::Commit)),
             Message::Abort { detail } => return Ok(Some(Event::Abort { detail: detail.to_owned() })),

@@ -22,10 +22,11 @@ impl Restoring {
     pub(super) fn start(
         restorer: impl Restorer,
         images: PathBuf,
+        lazy_pages: bool,
         tell: impl Fn(Event) + Send + 'static,
     ) -> io::Result<Self> {
         let (word, words) = channel();
-        let body = move || run(&restorer, &images, &words, tell);
+        let body = move || run(&restorer, &images, lazy_pages, &words, tell);
         let thread = thread::Builder::new().name("restore".to_owned()).spawn(body)?;
         Ok(Self { word, thread })
     }
@@ -51,13 +52,19 @@ impl Restoring {
 }
 
 /// Returns whether the container runs. A failed or abandoned restore has left nothing.
-fn run(restorer: &impl Restorer, images: &Path, words: &Receiver<Word>, tell: impl Fn(Event)) -> bool {
+fn run(
+    restorer: &impl Restorer,
+    images: &Path,
+    lazy_pages: bool,
+    words: &Receiver<Word>,
+    tell: impl Fn(Event),
+) -> bool {
     let held = || {
         tell(Event::Held);
         // A closed channel means that the migration was given up.
         words.recv().unwrap_or(Word::GiveUp)
     };
-    match restorer.restore(images, held) {
+    match restorer.restore(images, lazy_pages, held) {
         Ok(pid) => {
             tell(Event::Running { pid });
             true

@@ -23,8 +23,9 @@ use godwit_engine::{
     link::{Link, LinkError},
 };
 use godwit_protocol::{
-    fate::{Decision, FateAnswer},
+    fate::Decision,
     offer::{Accept, Offer},
+    plan::Plan,
     wire::{Message, Reject, RejectCode, message::Step},
 };
 
@@ -107,6 +108,8 @@ struct Meeting {
     arrival: Arrival,
     record: Record,
     worker: UnixStream,
+    /// Bulk streams that carry the pages, if CRIU's images do not.
+    streams: Option<u8>,
     started: Receiver<Result<u32, NodeError>>,
 }
 
@@ -117,8 +120,10 @@ fn arrive(seat: &Seat, link: &mut Link, offer: Offer) -> Result<Option<Meeting>,
     let here = target::observe(&containerd, &offer)?;
     target::judge(&offer, &here).map_err(Refusal::Reject)?;
     let Observed { facts, missing, .. } = here;
+    let abilities = godwit_engine::target::abilities();
+    let streams = Plan::is_ours(&offer.abilities, &abilities).then_some(offer.streams);
     if offer.dry_run {
-        link.send(&Message::Accept(Box::new(Accept { missing, target: facts })))?;
+        link.send(&Message::Accept(Box::new(Accept { missing, target: facts, abilities })))?;
         return Ok(None);
     }
     let record = Record::of(seat.directory(), &offer.migration);
@@ -126,12 +131,12 @@ fn arrive(seat: &Seat, link: &mut Link, offer: Offer) -> Result<Option<Meeting>,
         return Err(known(&offer));
     }
     let wanted = blobs::wanted(&offer, &missing);
-    link.send(&Message::Accept(Box::new(Accept { missing, target: facts })))?;
+    link.send(&Message::Accept(Box::new(Accept { missing, target: facts, abilities })))?;
 
     let meeting = bring_to_worker(seat, link, Arrival::begin(containerd, offer, seat.directory())?, wanted);
     match meeting {
         Ok((socket, arrival, worker, started)) => {
-            Ok(Some(Meeting { _claim: claim, _socket: socket, arrival, record, worker, started }))
+            Ok(Some(Meeting { _claim: claim, _socket: socket, arrival, record, worker, streams, started }))
         }
         Err(refusal) => {
             // No worker had the link, so there is nothing to ask about.
@@ -258,6 +263,7 @@ impl Meeting {
             id: id.clone(),
             mode: offer.mode,
             needs: offer.needs,
+            streams: self.streams,
             records: seat.directory().to_owned(),
             link: link.state(),
         };
@@ -272,7 +278,7 @@ impl Meeting {
         drop(entry);
         let fate = self.arrival.settle(&self.record);
         match (fate, started) {
-            (Ok(FateAnswer::Here), started) => {
+            (Ok(fate), started) if fate.has_run() => {
                 if let Ok(Err(error)) = started {
                     log::warn!(migration:%; "the container runs, but containerd was not told so well: {error}");
                 }

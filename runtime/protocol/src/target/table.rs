@@ -21,9 +21,9 @@ const TRANSITIONS: &[(&str, &str, &str, &str, &[&str])] = &[
     ("Recording", "Failed", "", "Aborting", &["Undo"]),
     ("Filling", "Filled", "", "Done", &["Record", "ReportFilled"]),
     ("Filling", "Failed", "", "Aborting", &["Destroy"]),
-    ("Filling", "LinkLost", "", "Stranded", &[]),
-    ("Filling", "Abort", "", "Stranded", &[]),
-    ("Filling", "Nonsense", "", "Stranded", &[]),
+    ("Filling", "LinkLost", "", "Stranded", &["DropLink"]),
+    ("Filling", "Abort", "", "Stranded", &["DropLink"]),
+    ("Filling", "Nonsense", "", "Stranded", &["DropLink"]),
     ("Filling", "Rejoined", "", "Filling", &["SendLacking"]),
     ("Stranded", "Filled", "", "Done", &["Record", "ReportFilled"]),
     ("Stranded", "Failed", "", "Aborting", &["Destroy"]),
@@ -194,4 +194,15 @@ fn the_record_says_filling_until_the_last_page_is_in_its_task() {
     let step = target.step(Event::Filled(TargetMemory::default()), Tick(1));
     assert_eq!(step.actions[0], Action::Record(Decision::Resumed));
     assert_eq!(step.state.end(), Some(&End::Resumed { pid: 7 }));
+}
+
+#[test]
+fn every_round_has_its_time() {
+    let target = Target::begin(true, Tick(0)).state.step(Event::Applied(Pass::Live), Tick(1)).state;
+    let due = |from: u64| Some(Tick(from + u64::try_from(RECEIVE_MAX.as_nanos()).unwrap()));
+    assert_eq!(target.deadline(), due(1));
+    let target = target.step(Event::RoundComplete(0), Tick(2)).state;
+    assert_eq!(target.deadline(), due(2));
+    let target = target.step(Event::Applied(Pass::Final), Tick(3)).state;
+    assert_eq!(target.deadline(), due(2));
 }

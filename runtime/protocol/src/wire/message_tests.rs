@@ -2,6 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::offer::{ContainerRecord, Needs, NodeFacts, Runtime, Stdio, TypedBytes};
+use crate::plan::Abilities;
 use crate::report::TargetMemory;
 use crate::request::Mode;
 use crate::rootfs::{Meta, Node};
@@ -43,6 +44,8 @@ fn offer() -> Offer {
         },
         stdio: Stdio::default(),
         needs: Needs { memory_bytes: 1, rootfs_bytes: 2, tasks: 3 },
+        abilities: Abilities { cannot_track: Some("no soft-dirty".to_owned()), ..Abilities::default() },
+        streams: 3,
     }
 }
 
@@ -56,7 +59,8 @@ fn every_message() -> Vec<Message<'static>> {
             xattrs: vec![(b"user.a", b""), (b"security.b", b"c")],
         })
     };
-    let accept = Accept { missing: vec!["sha256:0".to_owned()], target: facts() };
+    let abilities = Abilities { cannot_serve: Some("no userfaultfd".to_owned()), ..Abilities::default() };
+    let accept = Accept { missing: vec!["sha256:0".to_owned()], target: facts(), abilities };
     vec![
         Message::Offer(Box::new(offer())),
         Message::Accept(Box::new(accept)),
@@ -89,6 +93,7 @@ fn every_message() -> Vec<Message<'static>> {
         Message::Abort { detail: "no" },
         Message::FateQuery { migration: "m-1".to_owned().try_into().unwrap() },
         Message::FateAnswer(FateAnswer::Pending),
+        Message::FateAnswer(FateAnswer::Filling),
         Message::JoinStream { migration: "m-1".to_owned().try_into().unwrap(), stream: StreamId::Bulk(63) },
         Message::JoinStream { migration: "m-1".to_owned().try_into().unwrap(), stream: StreamId::Fault },
         Message::Pages { space: 1, runs: runs(), bytes: &[7; 3 * 4096] },

@@ -1,0 +1,345 @@
+//! The thread that follows the tasks' memory and sends it.
+//!
+//! ```text
+//! orders: open ─► (scan ─► round)… ─► cut ─► serve ─► (ends with its owner)
+//!                                       │
+//!    frozen: final scan, hide all of it from CRIU ──► the dump may begin
+//!                            rest of the pages, or none ──► plan on the main link ──► the state may end
+//! ```
+//! It decides nothing: when to scan, send, cut and serve is the machine's. What it finds and sends is reported as
+//! events. Everything that CRIU restores lazily is ours to move; the rest travels in its images.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+
+use godwit_memory::hide::Hidden;
+use godwit_memory::tracker::{self, Collection, DirtyTracker};
+use godwit_memory::{PageSet, maps};
+use godwit_protocol::MigrationId;
+use godwit_protocol::plan::Way;
+use godwit_protocol::source::{Event, RoundSent};
+use godwit_protocol::wire::Message;
+use godwit_protocol::wire::pages::{PAGE_BYTES, RUNS_MAX, Run};
+
+use super::bulk::BulkLink;
+use super::container::Tasks;
+use super::pending::Pending;
+use super::work::LAST_WORD_MAX;
+use super::worker::Sent;
+use crate::Cause;
+use crate::pages::{PageStreams, PagesError, SpaceWork, StreamsBreaker};
+use crate::text::causes;
+
+/// Where the pages go, and how.
+#[derive(Debug, Clone)]
+pub(super) struct Route {
+    pub(super) host: String,
+    pub(super) port: u16,
+    pub(super) migration: MigrationId,
+    pub(super) streams: u8,
+    pub(super) way: Way,
+    pub(super) hot_threshold: u32,
+}
+
+/// What the thread is told to do.
+enum Order {
+    Open,
+    Scan,
+    SendRound { round: u32 },
+    Cut { leave_pages: bool, link: BulkLink, hidden: Sender<()>, planned: Sender<()> },
+    Serve { leave_pages: bool },
+}
+
+/// The thread, from its owner's side. Dropped, it ends, and the tasks are not followed any more.
+#[derive(Debug)]
+pub(super) struct Memory {
+    orders: Sender<Order>,
+    /// What CRIU is not to see; filled in by the cut.
+    pub(super) hidden: Hidden,
+    streams: Option<StreamsBreaker>,
+}
+
+/// What the dump and the stream of images wait for in the freeze.
+#[derive(Debug)]
+pub(super) struct Cut {
+    /// Ends with an error if the memory cannot be hidden.
+    pub(super) hidden: Receiver<()>,
+    /// Ends with an error if the pages cannot be sent.
+    pub(super) planned: Receiver<()>,
+}
+
+/// What the thread tells.
+pub(super) enum Told {
+    /// The streams are open.
+    Open(Arc<PageStreams>),
+    Event(Event),
+}
+
+impl Memory {
+    /// Starts the thread; it does nothing yet.
+    pub(super) fn start(
+        route: Route,
+        tasks: Box<dyn Tasks>,
+        sent: Arc<Sent>,
+        tell: impl Fn(Told) + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (orders, received) = channel();
+        let hidden = Hidden::default();
+        let follower = Follower {
+            route,
+            tasks,
+            hidden: hidden.clone(),
+            tracker: None,
+            streams: None,
+            pending: Pending::default(),
+            round: 0,
+            remote: Vec::new(),
+            sent,
+        };
+        let body = move || follower.run(&received, tell);
+        thread::Builder::new().name("memory".to_owned()).spawn(body)?;
+        Ok(Self { orders, hidden, streams: None })
+    }
+
+    /// Takes what stops the streams, once they are open.
+    pub(super) fn opened(&mut self, streams: &PageStreams) {
+        self.streams = Some(streams.breaker());
+    }
+
+    pub(super) fn open(&self) {
+        self.order(Order::Open);
+    }
+
+    pub(super) fn scan(&self) {
+        self.order(Order::Scan);
+    }
+
+    pub(super) fn send_round(&self, round: u32) {
+        self.order(Order::SendRound { round });
+    }
+
+    /// Finds, hides and sends what is left of the frozen tasks' memory; the plan goes over `link`.
+    pub(super) fn cut(&self, leave_pages: bool, link: BulkLink) -> Cut {
+        let ((hide, hidden), (plan, planned)) = (channel(), channel());
+        self.order(Order::Cut { leave_pages, link, hidden: hide, planned: plan });
+        Cut { hidden, planned }
+    }
+
+    pub(super) fn serve(&self, leave_pages: bool) {
+        self.order(Order::Serve { leave_pages });
+    }
+
+    fn order(&self, order: Order) {
+        // A thread that has ended has said why.
+        self.orders.send(order).ok();
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Some(streams) = &self.streams {
+            streams.stop();
+        }
+    }
+}
+
+/// The thread's own.
+struct Follower {
+    route: Route,
+    tasks: Box<dyn Tasks>,
+    hidden: Hidden,
+    tracker: Option<Box<dyn DirtyTracker + Send>>,
+    streams: Option<Arc<PageStreams>>,
+    pending: Pending,
+    /// The next round's number.
+    round: u32,
+    /// Pages left here by the cut.
+    remote: Vec<SpaceWork>,
+    sent: Arc<Sent>,
+}
+
+impl Follower {
+    fn run(mut self, orders: &Receiver<Order>, tell: impl Fn(Told)) {
+        for order in orders {
+            let done = match order {
+                Order::Open => self.open(&tell),
+                Order::Scan => self.scan().map(|pages| tell(Told::Event(Event::Scanned { pages }))),
+                Order::SendRound { round } => {
+                    self.send_round(round).map(|sent| tell(Told::Event(Event::RoundSent(sent))))
+                }
+                Order::Cut { leave_pages, link, hidden, planned } => {
+                    self.cut(leave_pages, &link, &hidden).and_then(|()| Ok(planned.send(())?))
+                }
+                Order::Serve { leave_pages } => self.serve(leave_pages),
+            };
+            if let Err(cause) = done {
+                let stopped = matches!(cause.downcast_ref(), Some(PagesError::Stopped));
+                if !stopped {
+                    let event = event_of(cause.as_ref());
+                    if matches!(event, Event::LinkLost { .. }) {
+                        // The main link knows better: the target may have said why before it closed the streams.
+                        thread::sleep(LAST_WORD_MAX);
+                    }
+                    tell(Told::Event(event));
+                }
+            }
+        }
+    }
+
+    fn open(&mut self, tell: &impl Fn(Told)) -> Result<(), Cause> {
+        let Route { host, port, migration, streams, way, .. } = &self.route;
+        let streams = Arc::new(PageStreams::open(host, *port, migration, *streams)?);
+        self.streams = Some(Arc::clone(&streams));
+        if way.has_rounds() {
+            let mut tracker = self.tasks.tracker()?;
+            let armed = tracker.arm(&self.tasks.processes()?)?;
+            for (pid, why) in armed.untracked {
+                log::info!("process {pid} cannot be followed, and is sent whole each round: {why}");
+            }
+            self.tracker = Some(tracker);
+        }
+        tell(Told::Open(streams));
+        tell(Told::Event(Event::StreamsOpen));
+        Ok(())
+    }
+
+    /// Returns how many pages have contents to be sent.
+    fn scan(&mut self) -> Result<u64, Cause> {
+        let processes = self.tasks.processes()?;
+        let collection = match &mut self.tracker {
+            Some(tracker) => tracker.collect(&processes)?,
+            None => tracker::everything(&processes)?,
+        };
+        self.note(&collection)?;
+        Ok(self.pending.pages())
+    }
+
+    fn note(&mut self, collection: &Collection) -> Result<(), Cause> {
+        let stored = self.streams()?.stored();
+        for pid in &collection.gone {
+            self.pending.forget(*pid, &stored);
+        }
+        for delta in &collection.deltas {
+            // One that ended since has no memory left, and is missing from the next collection.
+            if let Some(space) = space_of(delta.pid) {
+                self.pending.note(space, delta, stored.get(&space));
+            }
+        }
+        Ok(())
+    }
+
+    fn send_round(&mut self, round: u32) -> Result<RoundSent, Cause> {
+        let work = self.pending.take_round(self.route.hot_threshold);
+        self.send(round, &work)
+    }
+
+    fn send(&mut self, round: u32, work: &[SpaceWork]) -> Result<RoundSent, Cause> {
+        let sent = self.streams()?.send_round(round, work)?;
+        self.round = round + 1;
+        self.count(sent.normal_pages, sent.zero_pages);
+        let bytes = sent.normal_pages * PAGE_BYTES;
+        Ok(RoundSent { normal_pages: sent.normal_pages, zero_pages: sent.zero_pages, bytes })
+    }
+
+    fn cut(&mut self, leave_pages: bool, link: &BulkLink, hidden: &Sender<()>) -> Result<(), Cause> {
+        self.scan()?;
+        let mut lazy = BTreeMap::new();
+        for pid in self.tasks.processes()? {
+            let Some(space) = space_of(pid) else { continue };
+            let pages = maps::lazy(pid)?;
+            self.hidden.set(pid, pages.clone());
+            lazy.insert(space, pages);
+        }
+        hidden.send(())?;
+        let mut work = self.pending.take_rest();
+        let stored = self.streams()?.stored();
+        for space in &mut work {
+            let lazy = lazy.get(&space.space).cloned().unwrap_or_default();
+            // What CRIU puts back from its images is not for the target to hold.
+            let foreign = stored.get(&space.space).map(|stored| stored.difference(&lazy)).unwrap_or_default();
+            space.absent = space.absent.union(&foreign);
+            space.dirty = space.dirty.intersection(&lazy);
+            space.zero = space.zero.intersection(&lazy);
+        }
+        if leave_pages {
+            let left = |work: &mut SpaceWork| SpaceWork {
+                space: work.space,
+                pid: work.pid,
+                dirty: std::mem::take(&mut work.dirty),
+                ..SpaceWork::default()
+            };
+            self.remote = work.iter_mut().map(left).collect();
+        }
+        let round = self.round;
+        self.send(round, &work)?;
+        self.send_plan(round, lazy.keys().copied(), link)
+    }
+
+    /// Tells the target what it has to have, and what stays here, of each space.
+    fn send_plan(&self, round: u32, spaces: impl Iterator<Item = i32>, link: &BulkLink) -> Result<(), Cause> {
+        let stored = self.streams()?.stored();
+        for space in spaces {
+            let remote = self.remote.iter().find(|work| work.space == space);
+            let remote = remote.map(|work| &work.dirty).cloned().unwrap_or_default();
+            let stored_pages = stored.get(&space).map_or(0, |stored| stored.difference(&remote).pages());
+            let runs = runs_of(&remote);
+            // A space without remote pages takes one frame as well.
+            let mut frames = runs.chunks(RUNS_MAX);
+            let first = frames.next().unwrap_or_default();
+            for remote in std::iter::once(first).chain(frames) {
+                let message = Message::MemoryPlan { space, round, stored_pages, remote: remote.to_vec() };
+                link.send(&message)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn serve(&self, leave_pages: bool) -> Result<(), Cause> {
+        let streams = self.streams()?;
+        if leave_pages {
+            let served = streams.serve(&self.remote)?;
+            self.count(served.pages - served.zero_pages, served.zero_pages);
+            log::info!("served {} pages, {} of them on request", served.pages, served.requested_pages);
+        } else {
+            streams.finish()?;
+        }
+        Ok(())
+    }
+
+    fn count(&self, normal_pages: u64, zero_pages: u64) {
+        self.sent.pages.fetch_add(normal_pages * PAGE_BYTES, Ordering::Relaxed);
+        self.sent.zero_pages.fetch_add(zero_pages, Ordering::Relaxed);
+    }
+
+    fn streams(&self) -> Result<&PageStreams, Cause> {
+        Ok(self.streams.as_deref().ok_or("the page streams are not open")?)
+    }
+}
+
+fn runs_of(pages: &PageSet) -> Vec<Run> {
+    let pieces = pages.ranges().iter().flat_map(|range| range.chunks(RUN_PAGES_MAX));
+    pieces
+        .map(|range| Run { start: range.start(), pages: u32::try_from(range.pages()).unwrap_or(u32::MAX) })
+        .collect()
+}
+
+/// The name of a process's address space: its id in the innermost pid namespace, which is the container's.
+fn space_of(pid: i32) -> Option<i32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    ids.split_ascii_whitespace().next_back()?.parse().ok()
+}
+
+/// A broken stream is a broken link: the target may have said more about it on the main one.
+fn event_of(cause: &(dyn std::error::Error + Send + Sync + 'static)) -> Event {
+    match cause.downcast_ref() {
+        Some(PagesError::Link { .. }) => Event::LinkLost { cause: causes(cause) },
+        _ => Event::Failed { cause: causes(cause) },
+    }
+}
+
+const RUN_PAGES_MAX: u64 = 1 << 20;

@@ -1,0 +1,316 @@
+//! The tasks' memory at the target: received while they run at the source, served once they run here.
+//!
+//! ```text
+//! page streams ──► store ──┐                       Gate: images complete + plan kept ──► Complete
+//! main link ── plan ───────┴─► FaultServer ◄── CRIU's lazy restore, then the tasks ──► Filled
+//!                                   └── pages that stayed at the source ──► request ──► page streams
+//! ```
+//! What the source says is checked against what came: the restore begins only when the store holds exactly as many
+//! pages of each space as the plan says, and nothing of a space that the plan does not name.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use godwit_memory::fault::{FaultConfig, FaultServer, Latency, MemoryStore, Requester, SpacePlan};
+use godwit_memory::{MemoryError, PageRange, PageSet};
+use godwit_protocol::report::{Faults, TargetMemory, Waits};
+use godwit_protocol::target::Event;
+use godwit_protocol::wire::pages::{PAGE_BYTES, ROUND_LAST, Run};
+
+use crate::Cause;
+use crate::handover::Streams;
+use crate::pages::{Arrivals, PageReceiver, PagesError};
+use crate::text::causes;
+use crate::usage::Usage;
+
+/// The pages of one container.
+#[derive(Debug)]
+pub(super) struct Memory {
+    gate: Arc<Gate>,
+    receiver: Arc<PageReceiver>,
+}
+
+impl Memory {
+    /// Begins to receive pages, at most `room_bytes` of them; `tell` gets what happens.
+    ///
+    /// # Errors
+    /// What cannot be made.
+    pub(super) fn receive(
+        streams: Streams,
+        bulk_count: u8,
+        room_bytes: u64,
+        tell: impl Fn(Event) + Send + Sync + 'static,
+    ) -> Result<Self, Cause> {
+        let store = Arc::new(MemoryStore::new(room_bytes)?);
+        let gate = Arc::new(Gate {
+            store: Arc::clone(&store),
+            state: Mutex::default(),
+            server: OnceLock::new(),
+            arrived_pages: AtomicU64::new(0),
+            peak_bytes: AtomicU64::new(0),
+            tell: Box::new(tell),
+        });
+        let arrivals: Arc<dyn Arrivals> = Arc::clone(&gate) as _;
+        let receiver = Arc::new(PageReceiver::start(streams, bulk_count, store, arrivals)?);
+        Ok(Self { gate, receiver })
+    }
+
+    /// Returns what the main link's messages go to.
+    pub(super) fn gate(&self) -> Arc<Gate> {
+        Arc::clone(&self.gate)
+    }
+
+    /// Begins to serve page faults to a restore whose CRIU works in `work_path`.
+    ///
+    /// # Errors
+    /// What cannot be made, or that it was called before.
+    pub(super) fn serve(&self, work_path: &Path) -> Result<(), Cause> {
+        let plan = std::mem::take(&mut self.gate.lock().plan);
+        let plan: BTreeMap<i32, SpacePlan> = plan
+            .into_iter()
+            .map(|(space, promised)| {
+                let held = self.gate.store.pages(space);
+                (space, SpacePlan { held, remote: promised.remote })
+            })
+            .collect();
+        let requester: Arc<dyn Requester> = Arc::new(Requests(Arc::clone(&self.receiver)));
+        let source = Arc::clone(&self.gate.store);
+        let server =
+            FaultServer::start(work_path, &plan, source, Some(requester), None, FaultConfig::default())?;
+        self.gate.server.set(Arc::new(server)).map_err(|_| "the memory is served already")?;
+        Ok(())
+    }
+
+    /// Puts pages into their tasks, which CRIU holds complete from here on, and tells when that is done.
+    pub(super) fn fill(&self) {
+        let gate = Arc::clone(&self.gate);
+        if let Some(server) = gate.server.get() {
+            server.begin_fill();
+        }
+        let body = move || {
+            let event = match gate.wait_filled() {
+                Ok(memory) => Event::Filled(memory),
+                Err(cause) => Event::Failed { cause },
+            };
+            (gate.tell)(event);
+        };
+        if let Err(error) = thread::Builder::new().name("filled".to_owned()).spawn(body) {
+            (self.gate.tell)(Event::Failed { cause: format!("no thread can be started: {error}") });
+        }
+    }
+
+    /// Ends the streams.
+    pub(super) fn stop(&self) {
+        self.receiver.stop();
+    }
+}
+
+/// Decides when everything has come.
+pub(super) struct Gate {
+    store: Arc<MemoryStore>,
+    state: Mutex<State>,
+    server: OnceLock<Arc<FaultServer>>,
+    /// Pages that came after the plan was kept.
+    arrived_pages: AtomicU64,
+    peak_bytes: AtomicU64,
+    tell: Box<dyn Fn(Event) + Send + Sync>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    plan: BTreeMap<i32, Promised>,
+    remote_pages: u64,
+    marked: Option<u32>,
+    images_complete: bool,
+    is_complete: bool,
+}
+
+/// What the source promised of one space.
+#[derive(Debug)]
+struct Promised {
+    round: u32,
+    stored_pages: u64,
+    remote: PageSet,
+}
+
+impl Gate {
+    /// Takes a part of the plan.
+    ///
+    /// # Errors
+    /// What makes no sense in it.
+    pub(super) fn promise(
+        &self,
+        space: i32,
+        round: u32,
+        stored_pages: u64,
+        remote: &[Run],
+    ) -> Result<(), String> {
+        let mut state = self.lock();
+        if state.is_complete {
+            return Err(format!("a plan for process {space} came after everything else"));
+        }
+        let promised = state.plan.entry(space).or_insert_with(|| Promised {
+            round,
+            stored_pages,
+            remote: PageSet::new(),
+        });
+        if (promised.round, promised.stored_pages) != (round, stored_pages) {
+            return Err(format!("two different plans for process {space} came"));
+        }
+        // Decoding has checked that each fits an address space.
+        let ranges = remote
+            .iter()
+            .filter_map(|run| PageRange::new(run.start, run.start + u64::from(run.pages) * PAGE_BYTES));
+        promised.remote.extend(ranges);
+        Ok(())
+    }
+
+    /// Takes that the images are complete.
+    pub(super) fn images_complete(&self) {
+        self.lock().images_complete = true;
+        self.check();
+    }
+
+    /// Tells, once, that everything has come, or what is wrong with it.
+    fn check(&self) {
+        let mut state = self.lock();
+        let marked = |round: u32| state.marked.is_some_and(|marked| marked >= round);
+        let is_due = state.images_complete && state.plan.values().all(|promised| marked(promised.round));
+        if !is_due || state.is_complete {
+            return;
+        }
+        state.is_complete = true;
+        let event = match self.keep(&state.plan) {
+            Ok(()) => Event::Complete,
+            Err(what) => Event::Nonsense { what },
+        };
+        state.remote_pages = state.plan.values().map(|promised| promised.remote.pages()).sum();
+        drop(state);
+        (self.tell)(event);
+    }
+
+    /// Holds the store against the plan. What stays at the source is not had here: a copy of it is an old one.
+    fn keep(&self, plan: &BTreeMap<i32, Promised>) -> Result<(), String> {
+        if plan.is_empty() {
+            return Err("the source sent no plan of the memory".to_owned());
+        }
+        for (space, promised) in plan {
+            for pages in promised.remote.ranges() {
+                self.store.forget(*space, *pages);
+            }
+            let held = self.store.pages(*space).pages();
+            if held != promised.stored_pages {
+                return Err(format!(
+                    "{held} pages of process {space} are here, and the source says {}",
+                    promised.stored_pages
+                ));
+            }
+        }
+        self.note_peak();
+        Ok(())
+    }
+
+    /// Waits until every page is in its task.
+    fn wait_filled(&self) -> Result<TargetMemory, String> {
+        let server = self.server.get().ok_or("the memory is not served")?;
+        while !server.wait_drained(DRAIN_POLL).map_err(|error| causes(&error))? {
+            self.note_peak();
+        }
+        let progress = server.progress();
+        let usage = Usage::so_far();
+        Ok(TargetMemory {
+            faults: Faults { network: waits(progress.network), local: waits(progress.local) },
+            peak_bytes: usage.peak_bytes + self.peak_bytes.load(Ordering::Relaxed),
+            duplicate_pages: self
+                .arrived_pages
+                .load(Ordering::Relaxed)
+                .saturating_sub(self.lock().remote_pages),
+            cpu_us: usage.cpu_us,
+            disk_bytes_written: usage.disk_bytes_written,
+        })
+    }
+
+    fn note_peak(&self) {
+        if let Ok(bytes) = self.store.resident_bytes() {
+            self.peak_bytes.fetch_max(bytes, Ordering::Relaxed);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Arrivals for Gate {
+    fn on_mark(&self, round: u32) {
+        if round == ROUND_LAST {
+            return;
+        }
+        self.lock().marked = Some(round);
+        (self.tell)(Event::RoundComplete(round));
+        self.check();
+    }
+
+    fn on_pages(&self, space: i32, pages: PageRange) {
+        if let Some(server) = self.server.get() {
+            self.arrived_pages.fetch_add(pages.pages(), Ordering::Relaxed);
+            server.arrived(space, pages);
+        }
+    }
+
+    fn on_zero(&self, space: i32, pages: PageRange) {
+        if self.server.get().is_none() {
+            return;
+        }
+        // A task may wait for it, and gets what the source has: zeros.
+        let zeros = vec![0; usize::try_from(pages.bytes()).unwrap_or(0)];
+        match self.store.put(space, pages.start(), &zeros) {
+            Ok(()) => self.on_pages(space, pages),
+            Err(error) => (self.tell)(Event::Failed { cause: causes(&error) }),
+        }
+    }
+
+    fn on_error(&self, error: PagesError) {
+        let event = match error {
+            PagesError::Link { .. } | PagesError::Agent(_) => Event::LinkLost { cause: causes(&error) },
+            PagesError::Aborted { detail } => Event::Abort { detail },
+            PagesError::Memory(_) | PagesError::Thread(_) | PagesError::Stopped => {
+                Event::Failed { cause: causes(&error) }
+            }
+            _ => Event::Nonsense { what: causes(&error) },
+        };
+        (self.tell)(event);
+    }
+}
+
+impl std::fmt::Debug for Gate {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Gate").field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+fn waits(latency: Latency) -> Waits {
+    let Latency { count, p50_us, p99_us, max_us, total_us } = latency;
+    Waits { count, p50_us, p99_us, max_us, blocked_us: total_us }
+}
+
+/// Asks the source for what tasks wait for.
+struct Requests(Arc<PageReceiver>);
+
+impl Requester for Requests {
+    fn request(&self, space: i32, pages: PageRange) -> Result<(), MemoryError> {
+        let asked = self.0.request(space, pages);
+        asked.map_err(|error| MemoryError::Unavailable {
+            what: "a page of the source",
+            reason: causes(&error),
+        })
+    }
+
+    fn finished(&self, _space: i32) {}
+}
+
+const DRAIN_POLL: Duration = Duration::from_millis(100);

@@ -1,0 +1,303 @@
+//! The world: its clock, its agenda, the connections, and what breaks.
+
+use std::collections::BTreeMap;
+
+use godwit_protocol::fate::Decision;
+use godwit_protocol::plan::Way;
+use godwit_protocol::report::Tick;
+use godwit_protocol::request::Limits;
+use godwit_protocol::source::{self, PeerEvent, Settings, Source};
+use godwit_protocol::target::{self, Target};
+
+/// What breaks, and when.
+#[derive(Debug, Clone, Copy)]
+pub enum Fault {
+    LinkAtFrame(u8),
+    SourceActionFails(u8),
+    TargetActionFails(u8),
+    SourceDiesAt(u8),
+    TargetDiesAt(u8),
+    AgentDownFrom(u8, u16),
+    CancelAt(u8),
+    NonsenseAtFrame(u8),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tasks {
+    Absent,
+    Frozen,
+    Running,
+}
+
+#[derive(Debug)]
+pub enum Happening {
+    ToSource(PeerEvent, u32),
+    ToTarget(target::Event),
+    /// A page that the target lacks comes.
+    Page,
+    AtSource(source::Event, u32),
+    /// The source learns what it has sent before the last frame of it leaves: so does the engine.
+    AtSourceThenTell(source::Event, Vec<target::Event>, u32),
+    AtTarget(target::Event),
+    /// The side notices that the connections of this number are gone.
+    SourceLosesLink(u32),
+    TargetLosesLink(u32),
+    Ask(u32),
+    Rejoin(u32),
+    Resolve,
+    AgentBack,
+}
+
+/// The connections, or directions of one: frames keep their order on each.
+#[derive(Debug, Clone, Copy)]
+pub enum Lane {
+    ToSource = 0,
+    ToTarget = 1,
+    Pages = 2,
+}
+
+#[derive(Debug)]
+pub struct World {
+    pub now: u64,
+    random: u64,
+    pub agenda: BTreeMap<(u64, u64), Happening>,
+    scheduled: u64,
+    pub faults: Vec<Fault>,
+    pub way: Way,
+
+    pub source: Option<Source>,
+    /// Counts source workers: what an earlier one left on the agenda does not concern a later one.
+    pub source_life: u32,
+    pub source_tasks: Tasks,
+    pub commit_announced: bool,
+    /// Whether a source worker died while pages were left behind.
+    pub died_serving: bool,
+
+    pub target: Option<Target>,
+    pub target_tasks: Tasks,
+    /// Pages that only the source has.
+    pub lacking: u32,
+    /// Whether the target lost the container after it had run there.
+    pub perished: bool,
+    pub record: Decision,
+    pub agent_up: bool,
+
+    pub link_up: bool,
+    /// Counts the connections.
+    pub link: u32,
+    /// When the last frame of each lane arrives.
+    last_arrival: [u64; 3],
+    pub frames: u32,
+    pub first_page_frame: Option<u32>,
+    pub source_actions: u32,
+    pub target_actions: u32,
+    happenings: u32,
+    pub end: Option<source::End>,
+}
+
+impl World {
+    pub fn new(seed: u64, way: Way, faults: Vec<Fault>) -> Self {
+        let allow_postcopy = seed.is_multiple_of(3);
+        let limits = Limits { max_rounds: 5, allow_postcopy, ..Limits::default() };
+        let step = Source::begin(Settings { limits, ..Settings::default() }, Tick(0));
+        let mut world = Self {
+            now: 0,
+            random: seed | 1,
+            agenda: BTreeMap::new(),
+            scheduled: 0,
+            faults,
+            way,
+            source: None,
+            source_life: 0,
+            source_tasks: Tasks::Running,
+            commit_announced: false,
+            died_serving: false,
+            target: None,
+            target_tasks: Tasks::Absent,
+            lacking: 0,
+            perished: false,
+            record: Decision::Undecided,
+            agent_up: true,
+            link_up: true,
+            link: 0,
+            last_arrival: [0; 3],
+            frames: 0,
+            first_page_frame: None,
+            source_actions: 0,
+            target_actions: 0,
+            happenings: 0,
+            end: None,
+        };
+        world.take_source(step);
+        world
+    }
+
+    /// A number below `end`.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random % end
+    }
+
+    /// A duration of 1 to 100 ms in ns.
+    pub fn a_while(&mut self) -> u64 {
+        (self.below(100) + 1) * 1_000_000
+    }
+
+    pub fn after(&mut self, delay: u64, happening: Happening) {
+        self.scheduled += 1;
+        self.agenda.insert((self.now + delay, self.scheduled), happening);
+    }
+
+    pub fn soon(&mut self, happening: Happening) {
+        let delay = self.a_while();
+        self.after(delay, happening);
+    }
+
+    pub fn send(&mut self, lane: Lane, happening: Happening) {
+        if !self.link_up {
+            return;
+        }
+        self.frames += 1;
+        let frame = self.frames;
+        if self.strikes(|fault| matches!(fault, Fault::LinkAtFrame(n) if u32::from(n) == frame)) {
+            self.lose_link();
+            return;
+        }
+        let noise = || "noise".to_owned();
+        let damaged =
+            self.strikes(|fault| matches!(fault, Fault::NonsenseAtFrame(n) if u32::from(n) == frame));
+        let happening = match happening {
+            Happening::ToSource(_, life) if damaged => {
+                Happening::ToSource(PeerEvent::Nonsense { what: noise() }, life)
+            }
+            _ if damaged => Happening::ToTarget(target::Event::Nonsense { what: noise() }),
+            happening => happening,
+        };
+        let last = self.last_arrival[lane as usize];
+        let arrival = (self.now + self.a_while()).max(last + 1);
+        self.last_arrival[lane as usize] = arrival;
+        self.after(arrival - self.now, happening);
+    }
+
+    /// What is sent to the target from here on comes after the pages that have been sent.
+    pub fn await_pages(&mut self) {
+        let pages = self.last_arrival[Lane::Pages as usize];
+        let main = &mut self.last_arrival[Lane::ToTarget as usize];
+        *main = pages.max(*main);
+    }
+
+    pub fn strikes(&self, is_it: impl Fn(Fault) -> bool) -> bool {
+        self.faults.iter().any(|fault| is_it(*fault))
+    }
+
+    /// What is under way is lost with the link; both sides notice some time later.
+    pub fn lose_link(&mut self) {
+        if !std::mem::replace(&mut self.link_up, false) {
+            return;
+        }
+        self.agenda.retain(|_, happening| {
+            !matches!(happening, Happening::ToSource(..) | Happening::ToTarget(..) | Happening::Page)
+        });
+        let link = self.link;
+        self.soon(Happening::SourceLosesLink(link));
+        self.soon(Happening::TargetLosesLink(link));
+    }
+
+    pub fn open_link(&mut self) {
+        self.lose_link();
+        self.link += 1;
+        self.link_up = true;
+        self.last_arrival = [self.now; 3];
+    }
+
+    pub fn tell_source(&mut self, event: PeerEvent) {
+        let life = self.source_life;
+        self.send(Lane::ToSource, Happening::ToSource(event, life));
+    }
+
+    pub fn tell_target(&mut self, event: target::Event) {
+        self.send(Lane::ToTarget, Happening::ToTarget(event));
+    }
+
+    fn strike(&mut self) {
+        self.happenings += 1;
+        let count = self.happenings;
+        for fault in self.faults.clone() {
+            match fault {
+                Fault::SourceDiesAt(n) if u32::from(n) == count => self.source_dies(),
+                Fault::TargetDiesAt(n) if u32::from(n) == count => self.target_dies(),
+                Fault::CancelAt(n) if u32::from(n) == count => self.feed_source(source::Event::Cancel),
+                Fault::AgentDownFrom(n, for_s) if u32::from(n) == count => {
+                    self.agent_up = false;
+                    self.after(u64::from(for_s) * 1_000_000_000, Happening::AgentBack);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Lets the next thing happen: a deadline, or what is first on the agenda.
+    pub fn turn(&mut self) -> bool {
+        let due = self.agenda.keys().next().copied();
+        let at = due.map_or(u64::MAX, |(at, _)| at);
+        let source_due = self.source.as_ref().and_then(Source::deadline).map_or(u64::MAX, |tick| tick.0);
+        let target_due = self.target.as_ref().and_then(Target::deadline).map_or(u64::MAX, |tick| tick.0);
+        if at.min(source_due).min(target_due) == u64::MAX {
+            return false;
+        }
+        self.strike();
+        if source_due <= at.min(target_due) {
+            self.now = source_due;
+            self.feed_source(source::Event::Deadline);
+        } else if target_due <= at {
+            self.now = target_due;
+            self.feed_target(target::Event::Deadline);
+        } else if let Some(happening) = due.and_then(|key| self.agenda.remove(&key)) {
+            self.now = at;
+            self.happen(happening);
+        }
+        true
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        let lost = || "the link is lost".to_owned();
+        match happening {
+            Happening::ToSource(event, life) if life == self.source_life => {
+                self.feed_source(source::Event::Peer(event));
+            }
+            Happening::AtSource(event, life) if life == self.source_life => self.feed_source(event),
+            Happening::AtSourceThenTell(event, frames, life) if life == self.source_life => {
+                self.sent(event, frames);
+            }
+            Happening::SourceLosesLink(link) if link == self.link => {
+                self.feed_source(source::Event::LinkLost { cause: lost() });
+            }
+            Happening::TargetLosesLink(link) if link == self.link => {
+                self.feed_target(target::Event::LinkLost { cause: lost() });
+            }
+            Happening::Ask(life) if life == self.source_life => self.ask(),
+            Happening::Rejoin(life) if life == self.source_life => self.rejoin(),
+            Happening::ToTarget(event) | Happening::AtTarget(event) => self.feed_target(event),
+            Happening::Page => self.page_came(),
+            Happening::Resolve => {
+                let step = Source::resolve(Tick(self.now));
+                self.take_source(step);
+            }
+            Happening::AgentBack => self.agent_up = true,
+            _ => {}
+        }
+    }
+
+    pub fn run(mut self) -> Self {
+        for _ in 0..30_000 {
+            self.check_moment();
+            if !self.turn() {
+                self.check_end();
+                return self;
+            }
+        }
+        panic!("it does not end: {self:?}");
+    }
+}
