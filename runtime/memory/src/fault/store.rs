@@ -1,11 +1,16 @@
 //! Pages in memory that wait for their tasks.
 //!
-//! The store is one window (a memfd) of virtual length, used in blocks of [`LEND_BYTES`]: pages that are near
-//! each other in a process are near each other in the window, so bulk is installed straight from it in large
+//! The store is some windows (memfds) of virtual length, used in blocks of [`LEND_BYTES`]: pages that are near
+//! each other in a process are near each other in a window, so bulk is installed straight from it in large
 //! pieces. A page received again takes its old place. Memory is taken page by page as they come and given
 //! back as they are installed, so source and task together never hold much more than the pages themselves.
+//!
+//! The kernel writes to a memfd under a lock of the file. So blocks are spread over [`SHARDS`] windows, each with
+//! an index and a lock of its own, by the same rule by which pages are spread over streams: threads that receive
+//! different streams seldom meet.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use godwit_sys::page_range::{PAGE_BYTES, PageRange};
@@ -17,6 +22,13 @@ use crate::{MemoryError, PageSet, Result};
 /// [`PageSource`] of pages that have been received.
 #[derive(Debug)]
 pub struct MemoryStore {
+    shards: Vec<Shard>,
+    /// Pages that it may still take.
+    room_pages: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Shard {
     window: Window,
     index: Mutex<Index>,
 }
@@ -39,14 +51,28 @@ struct Block {
     writers: u32,
 }
 
+/// Room for pages of one block, until they are written.
+struct Reserved {
+    offset: u64,
+    /// Pages taken from the store's room for it.
+    pages: u64,
+}
+
 impl MemoryStore {
-    /// A store for at most `bytes_max` bytes of address space; it takes no memory until pages come.
+    /// A store for at most `bytes_max` bytes of pages; it takes no memory until pages come.
     ///
     /// # Errors
     /// [`MemoryError::Sys`].
     pub fn new(bytes_max: u64) -> Result<Self> {
-        let window = Window::new(c"godwit-pages", bytes_max.max(1).next_multiple_of(LEND_BYTES))?;
-        Ok(Self { window, index: Mutex::default() })
+        let room_pages = bytes_max / PAGE_BYTES;
+        // Enough for pages that lie far apart, each alone in its block; only addresses are spent on it.
+        let window_bytes = room_pages.saturating_mul(LEND_BYTES).clamp(LEND_BYTES, WINDOW_BYTES_MAX);
+        let shard = |_| {
+            let window = Window::new(c"godwit-pages", window_bytes)?;
+            Ok(Shard { window, index: Mutex::default() })
+        };
+        let shards = (0..SHARDS).map(shard).collect::<Result<_>>()?;
+        Ok(Self { shards, room_pages: AtomicU64::new(room_pages) })
     }
 
     /// Keeps the contents of pages of `pid` from `address` on.
@@ -60,41 +86,56 @@ impl MemoryStore {
             end.and_then(|end| PageRange::new(address, end)).ok_or_else(|| refused("no whole pages"))?;
         let mut rest = contents;
         for part in parts(range) {
-            let offset = self
-                .lock()
-                .reserve(pid, part, self.window.bytes())
-                .ok_or_else(|| refused("store is full"))?;
+            let shard = self.shard(pid, part);
+            let reserved = shard.lock().reserve(pid, part, shard.window.bytes(), &self.room_pages);
+            let reserved = reserved.ok_or_else(|| refused("store is full"))?;
             let (now, later) =
                 rest.split_at(usize::try_from(part.bytes()).unwrap_or(rest.len()).min(rest.len()));
-            let written = self.window.write(offset, now);
-            self.lock().commit(pid, part, written.is_ok());
+            let written = shard.window.write(reserved.offset, now);
+            let back = shard.lock().commit(pid, part, &reserved, written.is_ok());
+            self.room_pages.fetch_add(back, Ordering::Relaxed);
             written?;
             rest = later;
         }
         Ok(())
     }
 
-    /// Forgets pages that are zero or absent now.
+    /// Forgets pages that are zero or absent now; of a large range, only what is there takes time.
     pub fn forget(&self, pid: i32, pages: PageRange) {
-        for part in parts(pages) {
-            // Under the lock: a block that became free may be another's at once.
-            let mut index = self.lock();
-            if let Some(offset) = index.remove(pid, part)
-                && let Err(error) = self.window.punch(offset, part.bytes())
-            {
-                log::debug!("pages of process {pid} not given back: {error}");
+        let (first, last) = (pages.start() / LEND_BYTES, (pages.end() - 1) / LEND_BYTES);
+        if first == last {
+            return self.forget_part(self.shard(pid, pages), pid, pages);
+        }
+        for shard in &self.shards {
+            let numbers: Vec<u64> = shard
+                .lock()
+                .blocks
+                .range((pid, first)..=(pid, last))
+                .map(|((_, number), _)| *number)
+                .collect();
+            for number in numbers {
+                let block = PageRange::new(number * LEND_BYTES, (number + 1) * LEND_BYTES);
+                if let Some(part) = block.and_then(|block| block.intersection(pages)) {
+                    self.forget_part(shard, pid, part);
+                }
             }
         }
     }
 
     /// The pages of `pid` that are there.
     pub fn pages(&self, pid: i32) -> PageSet {
-        let index = self.lock();
-        let blocks = index.blocks.range((pid, 0)..=(pid, u64::MAX));
+        let mut blocks: Vec<(u64, [u64; WORDS])> = Vec::new();
+        for shard in &self.shards {
+            let index = shard.lock();
+            let own = index.blocks.range((pid, 0)..=(pid, u64::MAX));
+            blocks.extend(own.map(|((_, number), block)| (*number, block.pages)));
+        }
+        blocks.sort_unstable_by_key(|(number, _)| *number);
         blocks
-            .flat_map(|((_, number), block)| {
+            .iter()
+            .flat_map(|(number, pages)| {
                 (0..PAGES_PER_BLOCK)
-                    .filter(|page| block.has(*page))
+                    .filter(|page| has(pages, *page))
                     .map(move |page| PageRange::page_at(number * LEND_BYTES + page * PAGE_BYTES))
             })
             .collect()
@@ -105,9 +146,30 @@ impl MemoryStore {
     /// # Errors
     /// [`MemoryError::Sys`].
     pub fn resident_bytes(&self) -> Result<u64> {
-        Ok(self.window.resident_bytes()?)
+        self.shards.iter().map(|shard| Ok(shard.window.resident_bytes()?)).sum()
     }
 
+    /// Forgets pages of one block.
+    fn forget_part(&self, shard: &Shard, pid: i32, part: PageRange) {
+        // Under the lock: a block that became free may be another's at once.
+        let mut index = shard.lock();
+        if let Some((offset, pages)) = index.remove(pid, part) {
+            if let Err(error) = shard.window.punch(offset, part.bytes()) {
+                log::debug!("pages of process {pid} not given back: {error}");
+            }
+            self.room_pages.fetch_add(pages, Ordering::Relaxed);
+        }
+    }
+
+    /// The shard of a part of one block.
+    fn shard(&self, pid: i32, part: PageRange) -> &Shard {
+        let block = (part.start() / LEND_BYTES).wrapping_add(u64::from(pid.unsigned_abs()));
+        let mixed = block.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        &self.shards[usize::try_from(mixed).unwrap_or(0) % self.shards.len()]
+    }
+}
+
+impl Shard {
     fn lock(&self) -> MutexGuard<'_, Index> {
         // A panic between two changes of it leaves at worst a page without contents, which lending refuses.
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
@@ -121,10 +183,11 @@ impl PageSource for MemoryStore {
         pages: PageRange,
         install: &mut dyn FnMut(Lent<'_>) -> Result<()>,
     ) -> Result<()> {
-        let offset = self.lock().find(pid, pages);
+        let shard = self.shard(pid, pages);
+        let offset = shard.lock().find(pid, pages);
         let offset =
             offset.ok_or_else(|| MemoryError::Plan { pid, what: format!("pages {pages} are not here") })?;
-        install(Lent::Window(&self.window, offset))
+        install(Lent::Window(&shard.window, offset))
     }
 
     fn release(&self, pid: i32, pages: PageRange) {
@@ -132,62 +195,81 @@ impl PageSource for MemoryStore {
     }
 
     fn finish(&self, pid: i32) {
-        let numbers: Vec<u64> =
-            self.lock().blocks.range((pid, 0)..=(pid, u64::MAX)).map(|((_, number), _)| *number).collect();
-        for number in numbers {
-            if let Some(block) = PageRange::new(number * LEND_BYTES, (number + 1) * LEND_BYTES) {
-                self.forget(pid, block);
-            }
+        if let Some(all) = PageRange::new(0, 1 << 63) {
+            self.forget(pid, all);
         }
     }
 }
 
 impl Index {
     /// Finds room for pages of one block and keeps it until they are committed.
-    fn reserve(&mut self, pid: i32, part: PageRange, limit_bytes: u64) -> Option<u64> {
+    fn reserve(
+        &mut self,
+        pid: i32,
+        part: PageRange,
+        window_bytes: u64,
+        room_pages: &AtomicU64,
+    ) -> Option<Reserved> {
         let number = part.start() / LEND_BYTES;
+        let present = self.blocks.get(&(pid, number)).map_or(0, |block| block.count(part));
+        let pages = part.pages() - present;
+        let take = |room: u64| room.checked_sub(pages);
+        room_pages.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
+        let reserved = self.block(pid, number, window_bytes).map(|block| {
+            block.writers += 1;
+            Reserved { offset: block.offset + part.start() % LEND_BYTES, pages }
+        });
+        if reserved.is_none() {
+            room_pages.fetch_add(pages, Ordering::Relaxed);
+        }
+        reserved
+    }
+
+    /// The block of that number, made if it is not there and the window has room.
+    fn block(&mut self, pid: i32, number: u64, window_bytes: u64) -> Option<&mut Block> {
         if !self.blocks.contains_key(&(pid, number)) {
             let offset = self.free.pop().or_else(|| {
                 let offset = self.next;
-                (offset + LEND_BYTES <= limit_bytes).then(|| {
+                (offset + LEND_BYTES <= window_bytes).then(|| {
                     self.next += LEND_BYTES;
                     offset
                 })
             })?;
             self.blocks.insert((pid, number), Block { offset, pages: [0; WORDS], writers: 0 });
         }
-        let block = self.blocks.get_mut(&(pid, number))?;
-        block.writers += 1;
-        Some(block.offset + part.start() % LEND_BYTES)
+        self.blocks.get_mut(&(pid, number))
     }
 
-    /// Marks reserved pages as there, if they were written.
-    fn commit(&mut self, pid: i32, part: PageRange, written: bool) {
-        if let Some(block) = self.blocks.get_mut(&(pid, part.start() / LEND_BYTES)) {
-            block.writers -= 1;
-            if written {
-                block.set(part, true);
-            }
+    /// Marks reserved pages as there, if they were written; returns the pages of room that were not needed.
+    fn commit(&mut self, pid: i32, part: PageRange, reserved: &Reserved, written: bool) -> u64 {
+        let Some(block) = self.blocks.get_mut(&(pid, part.start() / LEND_BYTES)) else { return 0 };
+        block.writers -= 1;
+        let before = block.count(part);
+        if written {
+            block.set(part, true);
         }
+        // Another may have written the same pages meanwhile, and paid for them as well.
+        reserved.pages.saturating_sub(block.count(part) - before)
     }
 
     /// Where pages of one block are, if all of them are there.
     fn find(&self, pid: i32, part: PageRange) -> Option<u64> {
         let block = self.blocks.get(&(pid, part.start() / LEND_BYTES))?;
-        block.range(part)?.all(|page| block.has(page)).then_some(block.offset + part.start() % LEND_BYTES)
+        (block.count(part) == part.pages()).then_some(block.offset + part.start() % LEND_BYTES)
     }
 
-    /// Marks pages of one block as gone and returns where they were.
-    fn remove(&mut self, pid: i32, part: PageRange) -> Option<u64> {
+    /// Marks pages of one block as gone and returns where they were, and how many.
+    fn remove(&mut self, pid: i32, part: PageRange) -> Option<(u64, u64)> {
         let number = part.start() / LEND_BYTES;
         let block = self.blocks.get_mut(&(pid, number))?;
+        let pages = block.count(part);
         block.set(part, false);
         let offset = block.offset;
         if block.pages == [0; WORDS] && block.writers == 0 {
             self.blocks.remove(&(pid, number));
             self.free.push(offset);
         }
-        Some(offset + part.start() % LEND_BYTES)
+        Some((offset + part.start() % LEND_BYTES, pages))
     }
 }
 
@@ -198,9 +280,9 @@ impl Block {
         (first + part.pages() <= PAGES_PER_BLOCK).then_some(first..first + part.pages())
     }
 
-    fn has(&self, page: u64) -> bool {
-        let word = usize::try_from(page / 64).ok().and_then(|word| self.pages.get(word));
-        word.is_some_and(|word| word & (1 << (page % 64)) != 0)
+    /// How many of these pages are there.
+    fn count(&self, part: PageRange) -> u64 {
+        self.range(part).unwrap_or_default().map(|page| u64::from(has(&self.pages, page))).sum()
     }
 
     fn set(&mut self, part: PageRange, on: bool) {
@@ -211,6 +293,11 @@ impl Block {
             }
         }
     }
+}
+
+fn has(pages: &[u64; WORDS], page: u64) -> bool {
+    let word = usize::try_from(page / 64).ok().and_then(|word| pages.get(word));
+    word.is_some_and(|word| word & (1 << (page % 64)) != 0)
 }
 
 /// Cuts a range at multiples of [`LEND_BYTES`].
@@ -226,6 +313,13 @@ fn parts(range: PageRange) -> impl Iterator<Item = PageRange> {
 
 const PAGES_PER_BLOCK: u64 = LEND_BYTES / PAGE_BYTES;
 const WORDS: usize = 8;
+
+/// Windows of a store: more than there are usually streams.
+const SHARDS: usize = 8;
+
+/// Address space of one window; all of them take a sixteenth of what a process has.
+const WINDOW_BYTES_MAX: u64 = 1 << 40;
+
 const _: () = assert!(WORDS as u64 * 64 == PAGES_PER_BLOCK);
 
 #[cfg(test)]
@@ -266,11 +360,35 @@ mod tests {
 
     #[test]
     fn a_full_store_refuses_and_a_freed_block_is_used_again() {
-        let store = MemoryStore::new(LEND_BYTES).unwrap();
-        store.put(1, 0, &[1; 4096]).unwrap();
-        let answer = store.put(1, LEND_BYTES, &[1; 4096]);
-        assert!(matches!(answer, Err(MemoryError::Plan { pid: 1, .. })), "{answer:?}");
+        let store = MemoryStore::new(3 * PAGE_BYTES).unwrap();
+        let is_refused = |address, pages: usize| match store.put(1, address, &vec![1; pages * 4096]) {
+            Err(MemoryError::Plan { pid: 1, .. }) => true,
+            answer => answer.map(|()| false).unwrap(),
+        };
+        assert!(!is_refused(0, 2) && !is_refused(1 << 40, 1));
+        // What is there already takes no more room, whatever it is written with.
+        assert!(!is_refused(0, 2) && !is_refused(1 << 40, 1));
+        assert!(is_refused(2 * PAGE_BYTES, 1) && is_refused(PAGE_BYTES, 2) && is_refused(1 << 41, 1));
+        store.forget(1, PageRange::page_at(0));
+        assert!(!is_refused(1 << 41, 1));
+        assert!(is_refused(0, 1));
         store.finish(1);
-        store.put(1, LEND_BYTES, &[1; 4096]).unwrap();
+        assert_eq!(store.resident_bytes().unwrap(), 0);
+        assert!(!is_refused(LEND_BYTES - PAGE_BYTES, 3));
+        assert!(is_refused(0, 1));
+    }
+
+    #[test]
+    fn a_range_without_end_is_forgotten_in_the_time_that_its_pages_take() {
+        let store = MemoryStore::new(1 << 20).unwrap();
+        for block in 0..20 {
+            store.put(3, block << 42, &[1; 8192]).unwrap();
+        }
+        let all = |first| PageRange::new(first, 1 << 56).unwrap();
+        store.forget(3, all((7 << 42) + PAGE_BYTES));
+        assert_eq!(store.pages(3).pages(), 15);
+        assert_eq!(store.resident_bytes().unwrap(), 15 * PAGE_BYTES);
+        (0..100_000).for_each(|_| store.forget(3, all(PAGE_BYTES)));
+        assert_eq!(store.pages(3).ranges(), [PageRange::page_at(0)]);
     }
 }
