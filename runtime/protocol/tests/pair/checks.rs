@@ -7,7 +7,7 @@ use godwit_protocol::source;
 use crate::world::{Fault, Tasks, World};
 
 impl World {
-    pub fn check_moment(&self) {
+    pub(crate) fn check_moment(&self) {
         let both = (self.source_tasks, self.target_tasks);
         assert_ne!(both, (Tasks::Running, Tasks::Running), "both sides run: {self:?}");
         assert!(self.commit_announced || self.target_tasks != Tasks::Running, "resumed without COMMIT");
@@ -18,7 +18,7 @@ impl World {
         }
     }
 
-    pub fn check_end(&self) {
+    pub(crate) fn check_end(&self) {
         let fate = match &self.end {
             Some(source::End::Migrated(_)) => Fate::RunningOnTarget,
             Some(source::End::Failed(failure)) => failure.fate,

@@ -60,8 +60,7 @@ fn a_lost_link_is_survived_at_every_frame() {
     for way in WAYS {
         for frame in 1..40 {
             for seed in 0..50 {
-                let world =
-                    World::new(seed * 2_654_435_761, way, vec![Fault::LinkAtFrame(frame)]).run();
+                let world = World::new(seed * 2_654_435_761, way, vec![Fault::LinkAtFrame(frame)]).run();
                 assert!(world.end.is_some());
             }
         }

@@ -1,5 +1,7 @@
 //! The source's worker and its shim, as far as the world pretends them.
 
+use std::time::Duration;
+
 use godwit_protocol::fate::FateAnswer;
 use godwit_protocol::plan::Way;
 use godwit_protocol::report::Tick;
@@ -20,14 +22,14 @@ impl World {
         self.soon(Happening::AtSourceThenTell(event, frames, life));
     }
 
-    pub fn feed_source(&mut self, event: source::Event) {
+    pub(crate) fn feed_source(&mut self, event: source::Event) {
         if let Some(source) = self.source.take() {
             let step = source.step(event, Tick(self.now));
             self.take_source(step);
         }
     }
 
-    pub fn take_source(&mut self, step: source::Step) {
+    pub(crate) fn take_source(&mut self, step: source::Step) {
         self.source = Some(step.state);
         for action in step.actions {
             self.source_actions += 1;
@@ -88,7 +90,7 @@ impl World {
                     self.send(Lane::Pages, Happening::ToTarget(last));
                 }
                 if leave_pages {
-                    self.lacking = u32::try_from(self.below(6)).unwrap() + 1;
+                    self.lacking = self.below(6) + 1;
                 }
                 self.soon_and_then_tell(source::Event::Dumped, vec![target::Event::Applied(Pass::Final)]);
             }
@@ -97,12 +99,12 @@ impl World {
                 self.tell_target(target::Event::Commit);
             }
             Action::AskFate { pause } => {
-                let pause = u64::try_from(pause.as_nanos()).unwrap() + self.a_while();
+                let pause = ns(pause) + self.a_while();
                 self.after(pause, Happening::Ask(life));
             }
             Action::Serve => self.serve(),
             Action::Rejoin { pause } => {
-                let pause = u64::try_from(pause.as_nanos()).unwrap() + self.a_while();
+                let pause = ns(pause) + self.a_while();
                 self.after(pause, Happening::Rejoin(life));
             }
             Action::Kill => {
@@ -123,7 +125,7 @@ impl World {
     }
 
     /// What follows when something has been sent.
-    pub fn sent(&mut self, event: source::Event, frames: Vec<target::Event>) {
+    pub(crate) fn sent(&mut self, event: source::Event, frames: Vec<target::Event>) {
         let dumped = event == source::Event::Dumped;
         self.feed_source(event);
         for frame in frames {
@@ -145,7 +147,7 @@ impl World {
         }
     }
 
-    pub fn ask(&mut self) {
+    pub(crate) fn ask(&mut self) {
         let event = self.answer().map_or_else(nobody_answers, source::Event::Answered);
         self.at_source(event);
     }
@@ -163,25 +165,27 @@ impl World {
     }
 
     /// The agent is asked first; a worker that still lacks pages gets new connections.
-    pub fn rejoin(&mut self) {
+    pub(crate) fn rejoin(&mut self) {
         match self.answer() {
             Some(FateAnswer::Here) => self.at_source(source::Event::Answered(FateAnswer::Here)),
             Some(_) if self.target.is_some() => {
                 self.open_link();
-                let frames = self.frames;
                 self.feed_target(target::Event::Rejoined);
-                if self.frames == frames {
+                if !self.is_answering() {
                     // It was not there yet: what it lacks is awaited for a while.
-                    let life = self.source_life;
-                    self.after(10_000_000_000, Happening::AtSource(nobody_answers(), life));
+                    self.rejoin_fails();
                 }
             }
-            _ => self.at_source(nobody_answers()),
+            _ => self.rejoin_fails(),
         }
     }
 
+    pub(crate) fn rejoin_fails(&mut self) {
+        self.at_source(nobody_answers());
+    }
+
     /// What the shim does when its worker dies: thaw, or ask in its place.
-    pub fn source_dies(&mut self) {
+    pub(crate) fn source_dies(&mut self) {
         let Some(source) = &self.source else { return };
         // Once it kills nothing can be decided any more; before that the worker's part is taken over.
         if ["Killing", "AwaitingRelease", "CleaningUp"].contains(&source.label()) {
@@ -197,6 +201,10 @@ impl World {
             self.source_tasks = Tasks::Running;
         }
     }
+}
+
+fn ns(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn nobody_answers() -> source::Event {

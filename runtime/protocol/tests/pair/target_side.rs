@@ -2,32 +2,34 @@
 
 use godwit_protocol::fate::Decision;
 use godwit_protocol::report::{TargetMemory, Tick};
-use godwit_protocol::source::{self, PeerEvent};
+use godwit_protocol::source::PeerEvent;
 use godwit_protocol::target::{self, Action};
 use godwit_protocol::wire::message::Resumed;
 
 use crate::world::{Fault, Happening, Lane, Tasks, World};
 
 impl World {
-    pub fn feed_target(&mut self, event: target::Event) {
+    pub(crate) fn feed_target(&mut self, event: target::Event) {
         if let Some(target) = self.target.take() {
             let step = target.step(event, Tick(self.now));
             self.take_target(step);
         }
     }
 
-    pub fn take_target(&mut self, step: target::Step) {
+    pub(crate) fn take_target(&mut self, step: target::Step) {
         self.target = Some(step.state);
         for action in step.actions {
             self.target_actions += 1;
             let count = self.target_actions;
             let fails =
                 self.strikes(|fault| matches!(fault, Fault::TargetActionFails(n) if u32::from(n) == count));
-            // What is said to the source fails with the link.
+            // What is said to the source fails with the link. The last step of the record overwrites a word in place:
+            // if it fails, only a source that lost the link as well is left without an answer.
+            let last_step = action == Action::Record(Decision::Resumed) && self.record == Decision::Filling;
             let may_fail = !matches!(
                 action,
                 Action::Undo { .. } | Action::Destroy | Action::SendLacking | Action::ReportFilled(_)
-            );
+            ) && !last_step;
             if fails && may_fail {
                 let cause = "an action failed".to_owned();
                 self.soon(Happening::AtTarget(target::Event::Failed { cause }));
@@ -37,6 +39,7 @@ impl World {
         }
         if self.target.as_ref().is_some_and(|target| target.end().is_some()) {
             self.target = None;
+            self.close_link();
         }
     }
 
@@ -68,7 +71,7 @@ impl World {
             Action::ReportFilled(memory) => self.tell_source(PeerEvent::MemoryComplete(memory)),
             Action::SendLacking => {
                 let life = self.source_life;
-                self.send(Lane::ToSource, Happening::AtSource(source::Event::Rejoined, life));
+                self.send(Lane::ToSource, Happening::Lacking(life));
             }
             Action::DropLink => self.lose_link(),
             Action::Destroy => {
@@ -95,7 +98,7 @@ impl World {
         }
     }
 
-    pub fn page_came(&mut self) {
+    pub(crate) fn page_came(&mut self) {
         if self.target.is_some() {
             self.lacking -= 1;
             self.check_filled();
@@ -109,11 +112,13 @@ impl World {
     }
 
     /// Tasks that CRIU holds, or whose pages are to come, die with the worker; tasks that have everything do not.
-    pub fn target_dies(&mut self) {
+    pub(crate) fn target_dies(&mut self) {
         let Some(target) = self.target.take() else { return };
         match self.target_tasks {
             Tasks::Frozen => self.target_tasks = Tasks::Absent,
-            Tasks::Running if ["Filling", "Stranded"].contains(&target.label()) || self.record == Decision::Filling => {
+            Tasks::Running
+                if ["Filling", "Stranded"].contains(&target.label()) || self.record == Decision::Filling =>
+            {
                 self.target_tasks = Tasks::Absent;
                 self.perished = true;
             }

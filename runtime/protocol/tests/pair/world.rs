@@ -11,7 +11,7 @@ use godwit_protocol::target::{self, Target};
 
 /// What breaks, and when.
 #[derive(Debug, Clone, Copy)]
-pub enum Fault {
+pub(crate) enum Fault {
     LinkAtFrame(u8),
     SourceActionFails(u8),
     TargetActionFails(u8),
@@ -23,14 +23,14 @@ pub enum Fault {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Tasks {
+pub(crate) enum Tasks {
     Absent,
     Frozen,
     Running,
 }
 
 #[derive(Debug)]
-pub enum Happening {
+pub(crate) enum Happening {
     ToSource(PeerEvent, u32),
     ToTarget(target::Event),
     /// A page that the target lacks comes.
@@ -44,59 +44,61 @@ pub enum Happening {
     TargetLosesLink(u32),
     Ask(u32),
     Rejoin(u32),
+    /// What the target lacks comes over the new link.
+    Lacking(u32),
     Resolve,
     AgentBack,
 }
 
 /// The connections, or directions of one: frames keep their order on each.
 #[derive(Debug, Clone, Copy)]
-pub enum Lane {
+pub(crate) enum Lane {
     ToSource = 0,
     ToTarget = 1,
     Pages = 2,
 }
 
 #[derive(Debug)]
-pub struct World {
-    pub now: u64,
+pub(crate) struct World {
+    pub(crate) now: u64,
     random: u64,
-    pub agenda: BTreeMap<(u64, u64), Happening>,
+    pub(crate) agenda: BTreeMap<(u64, u64), Happening>,
     scheduled: u64,
-    pub faults: Vec<Fault>,
-    pub way: Way,
+    pub(crate) faults: Vec<Fault>,
+    pub(crate) way: Way,
 
-    pub source: Option<Source>,
+    pub(crate) source: Option<Source>,
     /// Counts source workers: what an earlier one left on the agenda does not concern a later one.
-    pub source_life: u32,
-    pub source_tasks: Tasks,
-    pub commit_announced: bool,
+    pub(crate) source_life: u32,
+    pub(crate) source_tasks: Tasks,
+    pub(crate) commit_announced: bool,
     /// Whether a source worker died while pages were left behind.
-    pub died_serving: bool,
+    pub(crate) died_serving: bool,
 
-    pub target: Option<Target>,
-    pub target_tasks: Tasks,
+    pub(crate) target: Option<Target>,
+    pub(crate) target_tasks: Tasks,
     /// Pages that only the source has.
-    pub lacking: u32,
+    pub(crate) lacking: u64,
     /// Whether the target lost the container after it had run there.
-    pub perished: bool,
-    pub record: Decision,
-    pub agent_up: bool,
+    pub(crate) perished: bool,
+    pub(crate) record: Decision,
+    pub(crate) agent_up: bool,
 
-    pub link_up: bool,
+    pub(crate) link_up: bool,
     /// Counts the connections.
-    pub link: u32,
+    pub(crate) link: u32,
     /// When the last frame of each lane arrives.
     last_arrival: [u64; 3],
-    pub frames: u32,
-    pub first_page_frame: Option<u32>,
-    pub source_actions: u32,
-    pub target_actions: u32,
+    pub(crate) frames: u32,
+    pub(crate) first_page_frame: Option<u32>,
+    pub(crate) source_actions: u32,
+    pub(crate) target_actions: u32,
     happenings: u32,
-    pub end: Option<source::End>,
+    pub(crate) end: Option<source::End>,
 }
 
 impl World {
-    pub fn new(seed: u64, way: Way, faults: Vec<Fault>) -> Self {
+    pub(crate) fn new(seed: u64, way: Way, faults: Vec<Fault>) -> Self {
         let allow_postcopy = seed.is_multiple_of(3);
         let limits = Limits { max_rounds: 5, allow_postcopy, ..Limits::default() };
         let step = Source::begin(Settings { limits, ..Settings::default() }, Tick(0));
@@ -133,7 +135,7 @@ impl World {
     }
 
     /// A number below `end`.
-    pub fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
@@ -141,21 +143,21 @@ impl World {
     }
 
     /// A duration of 1 to 100 ms in ns.
-    pub fn a_while(&mut self) -> u64 {
+    pub(crate) fn a_while(&mut self) -> u64 {
         (self.below(100) + 1) * 1_000_000
     }
 
-    pub fn after(&mut self, delay: u64, happening: Happening) {
+    pub(crate) fn after(&mut self, delay: u64, happening: Happening) {
         self.scheduled += 1;
         self.agenda.insert((self.now + delay, self.scheduled), happening);
     }
 
-    pub fn soon(&mut self, happening: Happening) {
+    pub(crate) fn soon(&mut self, happening: Happening) {
         let delay = self.a_while();
         self.after(delay, happening);
     }
 
-    pub fn send(&mut self, lane: Lane, happening: Happening) {
+    pub(crate) fn send(&mut self, lane: Lane, happening: Happening) {
         if !self.link_up {
             return;
         }
@@ -169,6 +171,8 @@ impl World {
         let damaged =
             self.strikes(|fault| matches!(fault, Fault::NonsenseAtFrame(n) if u32::from(n) == frame));
         let happening = match happening {
+            // Whoever rejoins reads the answer, and what is no answer is none.
+            Happening::Lacking(_) if damaged => return self.lose_link(),
             Happening::ToSource(_, life) if damaged => {
                 Happening::ToSource(PeerEvent::Nonsense { what: noise() }, life)
             }
@@ -182,42 +186,65 @@ impl World {
     }
 
     /// What is sent to the target from here on comes after the pages that have been sent.
-    pub fn await_pages(&mut self) {
+    pub(crate) fn await_pages(&mut self) {
         let pages = self.last_arrival[Lane::Pages as usize];
         let main = &mut self.last_arrival[Lane::ToTarget as usize];
         *main = pages.max(*main);
     }
 
-    pub fn strikes(&self, is_it: impl Fn(Fault) -> bool) -> bool {
+    pub(crate) fn strikes(&self, is_it: impl Fn(Fault) -> bool) -> bool {
         self.faults.iter().any(|fault| is_it(*fault))
     }
 
+    /// Whether the source is about to hear what the target lacks.
+    pub(crate) fn is_answering(&self) -> bool {
+        self.agenda.values().any(|happening| matches!(happening, Happening::Lacking(_)))
+    }
+
     /// What is under way is lost with the link; both sides notice some time later.
-    pub fn lose_link(&mut self) {
+    pub(crate) fn lose_link(&mut self) {
         if !std::mem::replace(&mut self.link_up, false) {
             return;
         }
+        if self.is_answering() {
+            self.rejoin_fails();
+        }
         self.agenda.retain(|_, happening| {
-            !matches!(happening, Happening::ToSource(..) | Happening::ToTarget(..) | Happening::Page)
+            let under_way = matches!(
+                happening,
+                Happening::ToSource(..) | Happening::ToTarget(_) | Happening::Page | Happening::Lacking(_)
+            );
+            !under_way
         });
         let link = self.link;
         self.soon(Happening::SourceLosesLink(link));
         self.soon(Happening::TargetLosesLink(link));
     }
 
-    pub fn open_link(&mut self) {
+    /// The target's worker ends: what it has said still comes, and then the end of the link.
+    pub(crate) fn close_link(&mut self) {
+        if std::mem::replace(&mut self.link_up, false) {
+            self.agenda.retain(|_, happening| !matches!(happening, Happening::ToTarget(_) | Happening::Page));
+            let last = self.last_arrival[Lane::ToSource as usize];
+            let arrival = (self.now + self.a_while()).max(last + 1);
+            let link = self.link;
+            self.after(arrival - self.now, Happening::SourceLosesLink(link));
+        }
+    }
+
+    pub(crate) fn open_link(&mut self) {
         self.lose_link();
         self.link += 1;
         self.link_up = true;
         self.last_arrival = [self.now; 3];
     }
 
-    pub fn tell_source(&mut self, event: PeerEvent) {
+    pub(crate) fn tell_source(&mut self, event: PeerEvent) {
         let life = self.source_life;
         self.send(Lane::ToSource, Happening::ToSource(event, life));
     }
 
-    pub fn tell_target(&mut self, event: target::Event) {
+    pub(crate) fn tell_target(&mut self, event: target::Event) {
         self.send(Lane::ToTarget, Happening::ToTarget(event));
     }
 
@@ -239,7 +266,7 @@ impl World {
     }
 
     /// Lets the next thing happen: a deadline, or what is first on the agenda.
-    pub fn turn(&mut self) -> bool {
+    pub(crate) fn turn(&mut self) -> bool {
         let due = self.agenda.keys().next().copied();
         let at = due.map_or(u64::MAX, |(at, _)| at);
         let source_due = self.source.as_ref().and_then(Source::deadline).map_or(u64::MAX, |tick| tick.0);
@@ -278,6 +305,9 @@ impl World {
                 self.feed_target(target::Event::LinkLost { cause: lost() });
             }
             Happening::Ask(life) if life == self.source_life => self.ask(),
+            Happening::Lacking(life) if life == self.source_life => {
+                self.feed_source(source::Event::Rejoined);
+            }
             Happening::Rejoin(life) if life == self.source_life => self.rejoin(),
             Happening::ToTarget(event) | Happening::AtTarget(event) => self.feed_target(event),
             Happening::Page => self.page_came(),
@@ -290,7 +320,7 @@ impl World {
         }
     }
 
-    pub fn run(mut self) -> Self {
+    pub(crate) fn run(mut self) -> Self {
         for _ in 0..30_000 {
             self.check_moment();
             if !self.turn() {
