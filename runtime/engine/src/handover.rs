@@ -120,7 +120,7 @@ pub fn give_stream(worker: &UnixStream, stream: StreamId, link: Link) -> Result<
 }
 
 fn send(mut worker: &UnixStream, link: Link, what: &impl Serialize) -> Result<(), HandoverError> {
-    let json = serde_json::to_vec(what).map_err(malformed)?;
+    let json = serde_json::to_vec(what).map_err(|error| malformed(error.to_string()))?;
     let len = u32::try_from(json.len()).unwrap_or(u32::MAX);
     worker.set_write_timeout(Some(HANDOVER_MAX))?;
     let sent = fdpass::send(worker, &len.to_le_bytes(), &[link.as_fd()])?;
@@ -140,7 +140,7 @@ pub fn take(path: &Path) -> Result<(Link, Handover, AgentEnd), HandoverError> {
     let agent = connected.map_err(|source| HandoverError::Connect { path: path.to_owned(), source })?;
     agent.set_read_timeout(Some(HANDOVER_MAX))?;
     let (socket, json) = receive(&agent)?;
-    let handover: Handover = serde_json::from_slice(&json).map_err(malformed)?;
+    let handover: Handover = serde_json::from_slice(&json).map_err(|error| malformed(error.to_string()))?;
     let link = Link::resume(socket, handover.link)?;
     Ok((link, handover, AgentEnd(agent)))
 }
@@ -198,14 +198,15 @@ impl Streams {
             Err(HandoverError::Socket(SysError::Closed)) => return Ok(None),
             received => received?,
         };
-        let StreamGiven { bulk, link } = serde_json::from_slice(&json).map_err(malformed)?;
+        let StreamGiven { bulk, link } =
+            serde_json::from_slice(&json).map_err(|error| malformed(error.to_string()))?;
         let stream = bulk.map_or(StreamId::Fault, StreamId::Bulk);
         Ok(Some(JoinedStream { stream, link: Link::resume(socket, link)? }))
     }
 }
 
-fn malformed(what: impl ToString) -> HandoverError {
-    HandoverError::Malformed { what: what.to_string() }
+fn malformed(what: impl Into<String>) -> HandoverError {
+    HandoverError::Malformed { what: what.into() }
 }
 
 const HANDOVER_MAX: Duration = Duration::from_secs(30);

@@ -133,7 +133,7 @@ pub(super) fn is_end_of_process(error: &PagesError) -> bool {
 }
 
 /// Bytes read and sent at a time: they stay in a processor's cache on their way through checksum and socket.
-pub(super) const BUFFER_BYTES: usize = 256 << 10;
+pub(super) const BUFFER_BYTES: usize = 128 << 10;
 
 /// Pages read and sent at a time.
 pub(super) const BUFFER_PAGES: u64 = BUFFER_BYTES as u64 / PAGE_BYTES;

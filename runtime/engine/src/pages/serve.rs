@@ -9,6 +9,7 @@
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::Receiver;
 use std::thread;
 
 use godwit_memory::{PageRange, PageSet};
@@ -56,11 +57,14 @@ impl PageStreams {
     /// The processes must stand still. Returns when all are on their way and every stream is marked with
     /// [`ROUND_LAST`]; nothing can be sent afterwards.
     ///
+    /// Requests are answered from the first moment, since whoever restores the tasks misses pages, too; the push waits
+    /// for `begin_push`, and an end of it without a word stops everything.
+    ///
     /// The target must be ready to hear of single pages before this begins.
     ///
     /// # Errors
     /// [`PagesError`]; all streams are broken then.
-    pub fn serve(&self, work: &[SpaceWork]) -> Result<Served, PagesError> {
+    pub fn serve(&self, work: &[SpaceWork], begin_push: &Receiver<()>) -> Result<Served, PagesError> {
         let bytes_before = self.sent_bytes();
         let serving = Serving {
             work,
@@ -77,7 +81,13 @@ impl PageStreams {
                 .name("page faults".to_owned())
                 .spawn_scoped(scope, || self.answer(&serving).map_err(|error| self.fail(error)))
                 .map_err(|error| self.fail(PagesError::Thread(error)))?;
-            let pushed = self.on_all(|sender, index| serving.push(sender, index, self.bulk_count()));
+            let pushed = match begin_push.recv() {
+                Ok(()) => self.on_all(|sender, index| serving.push(sender, index, self.bulk_count())),
+                Err(_) => {
+                    self.stop();
+                    Err(PagesError::Stopped)
+                }
+            };
             // All pages are claimed: who gets the fault stream now finds all of them sent.
             let marked = pushed
                 .and_then(|_| lock(&self.fault).send_mark(ROUND_LAST).map_err(|error| self.fail(error)));

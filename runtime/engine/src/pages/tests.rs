@@ -190,11 +190,8 @@ fn after_every_round_the_store_holds_what_the_source_has() {
                         2 => {
                             (0..512).for_each(|word| arena.store(index * 512 + word, 0));
                             let known = dice.below(2) == 0;
-                            if known {
-                                todo.zero.insert(pages)
-                            } else {
-                                todo.dirty.insert(pages)
-                            }
+                            let named = if known { &mut todo.zero } else { &mut todo.dirty };
+                            named.insert(pages);
                             *held = held.difference(&one);
                             expected.zero_pages += 1;
                         }
