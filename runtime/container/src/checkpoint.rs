@@ -17,6 +17,7 @@
 pub mod descriptors;
 pub mod error;
 pub(crate) mod external;
+pub mod hiding;
 pub mod machine;
 pub(crate) mod mountinfo;
 pub(crate) mod paths;
@@ -29,12 +30,14 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 pub use godwit_criu::CgroupsMode;
-use godwit_criu::{CriuError, Message, Options, Program, Request, Script, Session, Setup};
+use godwit_criu::{CriuError, Message, Options, Program, Request, Script, Session};
+use godwit_memory::hide::Hidden;
 use libcontainer::container::ContainerStatus;
 
 use crate::cgroup;
 use crate::state::{Status, Stored};
 pub use error::{CheckpointError, Result};
+pub use hiding::Hiding;
 
 /// What `checkpoint` takes beside the container.
 #[derive(Debug, Clone)]
@@ -66,6 +69,9 @@ pub struct CheckpointOptions {
     pub auto_dedup: bool,
     /// How cgroups are dumped.
     pub cgroups_mode: CgroupsMode,
+    /// Memory that CRIU shall not see. It may be filled until [`Dump::run`] is called; [`Dump::hiding`] says
+    /// whether it is used.
+    pub hidden: Option<Hidden>,
 }
 
 impl CheckpointOptions {
@@ -85,6 +91,7 @@ impl CheckpointOptions {
             link_remap: false,
             auto_dedup: false,
             cgroups_mode: CgroupsMode::Soft,
+            hidden: None,
         }
     }
 
@@ -124,7 +131,9 @@ pub enum Outcome {
 /// A CRIU that is ready to dump one container.
 #[derive(Debug)]
 pub struct Dump {
+    // Before the filter's supervisor: CRIU's questions are answered until it has ended.
     session: Session,
+    filter: hiding::Filter,
 }
 
 impl Dump {
@@ -145,7 +154,8 @@ impl Dump {
         make_directory(options.work_path())?;
         check_parent(options)?;
         let used = [options.image_path.as_path(), options.work_path(), stored.rootfs()];
-        let mut session = scratch::start(program, Setup::new(), &used)?;
+        let (mut session, filter) =
+            hiding::start(options.hidden.as_ref(), |setup| Ok(scratch::start(program, setup, &used)?))?;
         if options.pre_dump && !session.features()?.memory_tracking {
             return Err(CheckpointError::PreDumpUnsupported);
         }
@@ -156,7 +166,7 @@ impl Dump {
         session.send(request)?;
         match session.next_message()? {
             Message::Notification(notification) if notification.script == Script::PreDump => {
-                Ok(Self { session })
+                Ok(Self { session, filter })
             }
             other => Err(CriuError::Protocol {
                 phase: godwit_criu::Phase::Dump,
@@ -169,6 +179,12 @@ impl Dump {
     /// Pid of the CRIU process.
     pub fn criu_pid(&self) -> Option<i32> {
         self.session.pid()
+    }
+
+    /// Whether the memory of [`CheckpointOptions::hidden`] is kept from CRIU. If not, the dump is one with all
+    /// memory in its images.
+    pub fn hiding(&self) -> &Hiding {
+        self.filter.hiding()
     }
 
     /// Dumps. `decide` is called while the tasks are stopped and the images are complete.
@@ -194,6 +210,7 @@ impl Dump {
             }
         }
         self.session.finish()?;
+        self.filter.stop();
         Ok(Outcome::Committed)
     }
 

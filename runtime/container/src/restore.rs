@@ -89,6 +89,9 @@ pub struct RestoreOptions {
     pub lsm_mount_context: Option<String>,
     /// Where to ask `decide`.
     pub hold: Hold,
+    /// Leave memory that can be restored lazily to the server of page faults that listens at
+    /// `lazy-pages.socket` in the directory for logs. All of such memory: none of it may be in the images alone.
+    pub lazy_pages: bool,
 }
 
 impl RestoreOptions {
@@ -108,6 +111,7 @@ impl RestoreOptions {
             lsm_profile: None,
             lsm_mount_context: None,
             hold: Hold::PreResume,
+            lazy_pages: false,
         }
     }
 }
@@ -294,6 +298,7 @@ impl Plan {
             .file_locks(true)
             .shell_job(options.shell_job)
             .auto_dedup(options.auto_dedup)
+            .lazy_pages(options.lazy_pages)
             .cgroups_mode(options.cgroups_mode);
         for (key, number) in inherited {
             criu = criu.inherit_fd(&key, number);

@@ -33,11 +33,23 @@ use crate::program::{Program, Version};
 use crate::rpc::{Criu_features, Criu_req, Criu_req_type, Criu_resp};
 
 /// What a new CRIU process gets from us.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Setup {
     fds: Vec<OwnedFd>,
     stdin: Option<OwnedFd>,
     directory: Option<PathBuf>,
+    adjust: Option<Adjust>,
+}
+
+/// See [`Setup::adjust`].
+type Adjust = Box<dyn FnOnce(&mut Command) -> std::result::Result<(), HookError>>;
+
+impl std::fmt::Debug for Setup {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { fds, stdin, directory, adjust: _ } = self;
+        let mut text = formatter.debug_struct("Setup");
+        text.field("fds", fds).field("stdin", stdin).field("directory", directory).finish_non_exhaustive()
+    }
 }
 
 impl Setup {
@@ -57,6 +69,14 @@ impl Setup {
     /// The terminal of a shell job; without it, CRIU's standard input is `/dev/null`.
     pub fn stdin(&mut self, fd: OwnedFd) {
         self.stdin = Some(fd);
+    }
+
+    /// Has `adjust` change the command before it is spawned: a filter on its system calls, for instance.
+    pub fn adjust(
+        &mut self,
+        adjust: impl FnOnce(&mut Command) -> std::result::Result<(), HookError> + 'static,
+    ) {
+        self.adjust = Some(Box::new(adjust));
     }
 
     /// Where CRIU leaves what it writes to no directory of its request (core dumps).
@@ -121,7 +141,8 @@ impl Session {
     /// Starts CRIU in a process group of its own and asks for its version.
     ///
     /// # Errors
-    /// [`CriuError::Spawn`], [`CriuError::TooOld`], [`CriuError::Ended`].
+    /// [`CriuError::Spawn`], [`CriuError::TooOld`], [`CriuError::Ended`], [`CriuError::Hook`] for what
+    /// [`Setup::adjust`] failed with.
     pub fn start(program: &Program, setup: Setup) -> Result<Self> {
         let socket = |source| CriuError::Socket { phase: Phase::Start, source };
         let (ours, theirs) = fdpass::seqpacket_pair().map_err(socket)?;
@@ -138,6 +159,10 @@ impl Session {
         }
         if let Some(directory) = setup.directory {
             command.current_dir(directory);
+        }
+        if let Some(adjust) = setup.adjust {
+            let script = "spawn".to_owned();
+            adjust(&mut command).map_err(|source| CriuError::Hook { phase: Phase::Start, script, source })?;
         }
         let child =
             command.spawn().map_err(|source| CriuError::Spawn { path: program.path().to_owned(), source })?;

@@ -64,6 +64,18 @@ pub fn lazy(pid: i32) -> Result<PageSet> {
     Ok(candidates.difference(&locked(pid)?))
 }
 
+/// The number by which CRIU names process `pid`: its id in the innermost pid namespace that it lives in.
+///
+/// # Errors
+/// As [`read`].
+pub fn space(pid: i32) -> Result<i32> {
+    let path = PathBuf::from(format!("/proc/{pid}/status"));
+    let text = read_file(pid, &path)?;
+    let line = text.lines().find(|line| line.starts_with("NSpid:")).unwrap_or("");
+    let number = line.split_ascii_whitespace().next_back().and_then(|number| number.parse().ok());
+    number.ok_or_else(|| MemoryError::Line { path, line: line.to_owned() })
+}
+
 /// Memory locked by mlock(2) and its kin. Reading smaps takes some 15 ms per GiB, so it is only done when the
 /// process has any.
 fn locked(pid: i32) -> Result<PageSet> {
@@ -124,6 +136,13 @@ mod tests {
     use godwit_sys::arena::Arena;
 
     use super::*;
+
+    #[test]
+    fn a_process_has_a_number_of_its_own() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        assert!(space(own).unwrap() > 0);
+        assert!(matches!(space(i32::MAX), Err(MemoryError::Sys(SysError::NoProcess { .. }))));
+    }
 
     #[test]
     fn lines_of_every_kind_are_told_apart() {

@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use godwit_memory::fault::{FaultConfig, FaultServer, MemoryStore};
+use godwit_memory::fault::{FaultConfig, FaultServer, MemoryStore, SpacePlan};
 use godwit_memory::hide::{self, Hidden};
 use godwit_memory::tracker::{Collection, DirtyTracker, WpAsyncTracker};
 use godwit_memory::{MemoryError, PageSet, maps, reader};
@@ -163,8 +163,9 @@ fn a_program_moves_with_its_memory_outside_criu() {
     let before = report(&path).unwrap();
 
     let begin = Instant::now();
-    let plan = BTreeMap::from([(pid, plan)]);
-    let server = FaultServer::start(directory.path(), plan, store.clone(), FaultConfig::default()).unwrap();
+    let plan = BTreeMap::from([(pid, SpacePlan { held: plan, ..SpacePlan::default() })]);
+    let config = FaultConfig::default();
+    let server = FaultServer::start(directory.path(), &plan, store.clone(), None, None, config).unwrap();
     let restore =
         criu(&["restore", "-d", "--lazy-pages", "-o", "restore.log"], directory.path()).spawn().unwrap();
     assert!(server.wait_restored(LIMIT).unwrap());

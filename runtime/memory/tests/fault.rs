@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use godwit_memory::fault::{FaultConfig, FaultServer, Lent, MemoryStore, PageSource, SOCKET_NAME};
+use godwit_memory::fault::{FaultConfig, FaultServer, Lent, MemoryStore, PageSource, SOCKET_NAME, SpacePlan};
 use godwit_memory::{MemoryError, PAGE_BYTES, PageRange, PageSet, Result, reader};
 use godwit_sys::arena::Arena;
 use godwit_sys::fdpass;
@@ -21,7 +21,12 @@ use godwit_sys::userfaultfd::{Features, Mode, Userfaultfd};
 
 const PID: i32 = 7;
 const LIMIT: Duration = Duration::from_secs(30);
-const CONFIG: FaultConfig = FaultConfig { fill_threads: 3, fill_pages: 64, fault_pages: 16 };
+const CONFIG: FaultConfig =
+    FaultConfig { fill_threads: 3, fill_pages: 64, fault_pages: 16, request_pages: 8 };
+
+fn held(held: PageSet) -> SpacePlan {
+    SpacePlan { held, ..SpacePlan::default() }
+}
 
 /// An arena whose faults a server serves.
 struct Restored {
@@ -46,8 +51,8 @@ impl Restored {
         faults.enable(events).unwrap();
         let faults = faults.register(Mode::Missing).unwrap();
         let directory = tempfile::tempdir().unwrap();
-        let plan = BTreeMap::from([(PID, plan(arena.range()))]);
-        let server = FaultServer::start(directory.path(), plan, source, CONFIG).unwrap();
+        let plan = BTreeMap::from([(PID, held(plan(arena.range())))]);
+        let server = FaultServer::start(directory.path(), &plan, source, None, None, CONFIG).unwrap();
         let mut criu = UnixStream::connect(directory.path().join(SOCKET_NAME)).unwrap();
         criu.write_all(&PID.to_ne_bytes()).unwrap();
         fdpass::send(&criu, &[0], &[faults.as_fd()]).unwrap();
@@ -306,8 +311,8 @@ fn forked_children_get_their_parents_pages_and_nobody_elses() {
     let source = Arc::new(Computed::default());
     source.start.store(start, Ordering::SeqCst);
     let directory = tempfile::tempdir().unwrap();
-    let plan = BTreeMap::from([(PID, [range].into_iter().collect())]);
-    let server = FaultServer::start(directory.path(), plan, source.clone(), CONFIG).unwrap();
+    let plan = BTreeMap::from([(PID, held([range].into_iter().collect()))]);
+    let server = FaultServer::start(directory.path(), &plan, source.clone(), None, None, CONFIG).unwrap();
     let mut criu = UnixStream::connect(directory.path().join(SOCKET_NAME)).unwrap();
     criu.write_all(&PID.to_ne_bytes()).unwrap();
     fdpass::send(&criu, &[0], &[faults.as_fd()]).unwrap();

@@ -108,7 +108,6 @@ impl Checkpoint {
 
     fn options(&self) -> CheckpointOptions {
         CheckpointOptions {
-            image_path: self.image_path.clone(),
             work_path: self.work_path.clone(),
             parent_path: self.parent_path.clone(),
             pre_dump: self.pre_dump,
@@ -121,6 +120,7 @@ impl Checkpoint {
             link_remap: self.link_remap,
             auto_dedup: self.auto_dedup,
             cgroups_mode: self.shared.cgroups_mode(),
+            ..CheckpointOptions::new(&self.image_path)
         }
     }
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use godwit_container::checkpoint::Decision;
-use godwit_container::restore::{Hold, RestoreOptions, restore};
+use godwit_container::restore::{RestoreOptions, restore};
 use godwit_container::{Store, lifecycle};
 use godwit_sys::process;
 
@@ -106,8 +106,6 @@ impl Restore {
 
     fn options(&self, globals: &Globals) -> RestoreOptions {
         RestoreOptions {
-            bundle: self.bundle.clone(),
-            image_path: self.image_path.clone(),
             work_path: self.work_path.clone(),
             pid_file: self.pid_file.clone(),
             console_socket: self.console_socket.clone(),
@@ -118,7 +116,7 @@ impl Restore {
             cgroups_mode: self.shared.cgroups_mode(),
             lsm_profile: self.lsm_profile.clone(),
             lsm_mount_context: self.lsm_mount_context.clone(),
-            hold: Hold::PreResume,
+            ..RestoreOptions::new(&self.bundle, &self.image_path)
         }
     }
 }

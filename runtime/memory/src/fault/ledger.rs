@@ -1,21 +1,26 @@
 //! What is known of every page of one address space.
 //!
 //! ```text
-//!             claim            settle
-//!   Held ───────────► Busy ───────────► Installed        a page in no segment: Absent
-//!    │ ▲                │                   │
-//!    │ └──── settle ────┘                   │
-//!    └──────────── drop_pages ──────────────┴──► Dropped
+//!   Remote ──────request──────► Requested        a page in no segment: Absent
+//!      │                           │
+//!      └──────────arrive───────────┤
+//!                                  ▼
+//!                                Held ◄──settle──► Busy ──settle──► Installed
+//!                                     └──claim───►
+//!   any ──────────drop_pages───────► Dropped
 //! ```
-//! Claiming and settling need the ledger shared, everything that changes addresses needs it exclusively; a
-//! claim is settled before its lock is let go, so with the ledger exclusive nothing is `Busy`.
+//! - Requesting, arriving, claiming and settling need the ledger shared, everything that changes addresses needs
+//!   it exclusively; a claim is settled before its lock is let go, so with the ledger exclusive nothing is `Busy`.
+//! - A page that was dropped before it arrived stays dropped: what arrives has no effect on it.
+//! - Source and page are one to one: a segment's source addresses are in no other segment. So what arrives, and is
+//!   named as the source names it, is found by one search wherever it has moved.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use godwit_sys::page_range::{PAGE_BYTES, PageRange};
 
-use super::LEND_BYTES;
+use super::{LEND_BYTES, SpacePlan};
 use crate::PageSet;
 
 /// State of a page.
@@ -32,13 +37,20 @@ pub enum State {
     Dropped = 3,
     /// It never had contents: it reads as zero.
     Absent = 4,
+    /// It is still at the other machine.
+    Remote = 5,
+    /// As `Remote`, and asked for.
+    Requested = 6,
 }
 
 /// The pages of one address space.
 #[derive(Debug, Default)]
 pub struct Ledger {
     segments: BTreeMap<u64, Segment>,
+    /// Address of each segment, by its address at the source.
+    origins: BTreeMap<u64, u64>,
     held: AtomicU64,
+    remote: AtomicU64,
 }
 
 /// Adjacent pages that had adjacent addresses at the source.
@@ -59,6 +71,15 @@ pub struct Claim {
     pub origin: u64,
 }
 
+/// What became of pages that arrived.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Arrived {
+    /// Where those are that are held from now on.
+    pub held: Vec<PageRange>,
+    /// Source addresses of those nobody needs: dropped meanwhile, or there already.
+    pub unneeded: PageSet,
+}
+
 impl Claim {
     /// Their addresses at the source.
     ///
@@ -70,18 +91,42 @@ impl Claim {
 }
 
 impl Ledger {
-    /// A ledger of pages that are all `Held`.
-    pub fn new(held: &PageSet) -> Self {
-        let segments = held.ranges().iter().map(|range| {
+    /// A ledger of pages that are all `Held` or `Remote`.
+    pub fn new(plan: &SpacePlan) -> Self {
+        let all = plan.held.union(&plan.remote);
+        let segments = all.ranges().iter().map(|range| {
             let states = (0..range.pages()).map(|_| AtomicU8::new(State::Held as u8)).collect();
             (range.start(), Segment { origin: range.start(), states })
         });
-        Self { segments: segments.collect(), held: AtomicU64::new(held.pages()) }
+        let ledger = Self {
+            segments: segments.collect(),
+            origins: all.ranges().iter().map(|range| (range.start(), range.start())).collect(),
+            held: AtomicU64::new(all.pages() - plan.remote.pages()),
+            remote: AtomicU64::new(plan.remote.pages()),
+        };
+        for range in plan.remote.ranges() {
+            for (_, page) in ledger.located(*range) {
+                page.store(State::Remote as u8, Ordering::Relaxed);
+            }
+        }
+        ledger
     }
 
     /// Pages that are `Held` or `Busy`.
     pub fn held(&self) -> u64 {
         self.held.load(Ordering::Acquire)
+    }
+
+    /// Pages that are `Remote` or `Requested`.
+    pub fn remote(&self) -> u64 {
+        self.remote.load(Ordering::Acquire)
+    }
+
+    /// Pages that the task is still to get.
+    pub fn outstanding(&self) -> u64 {
+        // In this order: a page that arrives is counted as held before it is no longer counted as remote.
+        let remote = self.remote();
+        remote + self.held()
     }
 
     /// State of the page at `address`.
@@ -92,6 +137,56 @@ impl Ledger {
         }
     }
 
+    /// Turns the `Remote` pages around `address` into `Requested` ones and returns where they are at the source.
+    ///
+    /// "Around" is the block of `window_pages` pages that the page lies in, as far as it has been adjacent to it
+    /// at the source.
+    pub fn request(&self, address: u64, window_pages: u64) -> Vec<PageRange> {
+        let Some((_, segment, index)) = self.find(address) else { return Vec::new() };
+        let window = usize::try_from(window_pages.max(1)).unwrap_or(usize::MAX);
+        // Blocks of the source's addresses, so that requests for neighbours do not overlap.
+        let number = usize::try_from(segment.origin / PAGE_BYTES).unwrap_or(0) + index;
+        let first = index.saturating_sub(number % window);
+        let end = segment.states.len().min(index + (window - number % window));
+        let mut wanted = PageSet::new();
+        for (offset, page) in (first..end).zip(&segment.states[first..end]) {
+            if replace(page, State::Remote, State::Requested) {
+                wanted.insert(PageRange::page_at(segment.origin + offset as u64 * PAGE_BYTES));
+            }
+        }
+        wanted.ranges().to_vec()
+    }
+
+    /// Turns those of `origin` (addresses at the source) that are `Remote` into `Requested`: somebody else asked.
+    pub fn mark_requested(&self, origin: PageRange) {
+        for (_, page) in self.located(origin) {
+            replace(page, State::Remote, State::Requested);
+        }
+    }
+
+    /// The contents of `origin` (addresses at the source) have come.
+    pub fn arrive(&self, origin: PageRange) -> Arrived {
+        let (mut held, mut needed) = (PageSet::new(), PageSet::new());
+        for ((from, address), page) in self.located(origin) {
+            // Counted first: once it is held, others may install it and count it off.
+            self.held.fetch_add(1, Ordering::AcqRel);
+            let came =
+                replace(page, State::Requested, State::Held) || replace(page, State::Remote, State::Held);
+            if came {
+                self.remote.fetch_sub(1, Ordering::AcqRel);
+                held.insert(PageRange::page_at(address));
+            } else {
+                self.held.fetch_sub(1, Ordering::AcqRel);
+            }
+            // One that came before and waits must not lose its contents.
+            if came || matches!(state(page), State::Held | State::Busy) {
+                needed.insert(PageRange::page_at(from));
+            }
+        }
+        let all: PageSet = [origin].into_iter().collect();
+        Arrived { held: held.ranges().to_vec(), unneeded: all.difference(&needed) }
+    }
+
     /// Claims held pages from `address` on, at most `pages_max`, if the page there is `Held`.
     pub fn claim_at(&self, address: u64, pages_max: u64) -> Option<Claim> {
         let (start, segment, first) = self.find(address)?;
@@ -100,8 +195,7 @@ impl Ledger {
         let limit = usize::try_from(pages_max.min(to_boundary)).unwrap_or(usize::MAX);
         let mut count = 0;
         for page in segment.states[first..].iter().take(limit) {
-            let (held, busy) = (State::Held as u8, State::Busy as u8);
-            if page.compare_exchange(held, busy, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            if !replace(page, State::Held, State::Busy) {
                 break;
             }
             count += 1;
@@ -133,24 +227,27 @@ impl Ledger {
     pub fn drop_pages(&mut self, pages: PageRange) -> Vec<PageRange> {
         self.split(pages.start());
         self.split(pages.end());
-        let mut released = Vec::new();
+        let (mut released, mut remote) = (Vec::new(), 0);
         for segment in self.segments.range_mut(pages.start()..pages.end()).map(|(_, segment)| segment) {
             let origins = (segment.origin..).step_by(PAGE_STEP);
             for (page, origin) in segment.states.iter_mut().zip(origins) {
-                if *page.get_mut() == State::Held as u8 {
-                    released.push(PageRange::page_at(origin));
+                match state(page) {
+                    State::Held => released.push(PageRange::page_at(origin)),
+                    State::Remote | State::Requested => remote += 1,
+                    _ => {}
                 }
                 *page.get_mut() = State::Dropped as u8;
             }
         }
         *self.held.get_mut() -= released.len() as u64;
+        *self.remote.get_mut() -= remote;
         released
     }
 
     /// The task unmapped these pages; returns as [`Ledger::drop_pages`].
     pub fn unmap(&mut self, pages: PageRange) -> Vec<PageRange> {
         let released = self.drop_pages(pages);
-        self.segments.retain(|start, _| !pages.contains(*start));
+        self.take(pages);
         released
     }
 
@@ -158,14 +255,11 @@ impl Ledger {
     pub fn remap(&mut self, from: PageRange, to: u64) -> Vec<PageRange> {
         self.split(from.start());
         self.split(from.end());
-        let starts: Vec<u64> =
-            self.segments.range(from.start()..from.end()).map(|(start, _)| *start).collect();
-        let moved: Vec<(u64, Segment)> =
-            starts.into_iter().filter_map(|start| Some((start, self.segments.remove(&start)?))).collect();
+        let moved = self.take(from);
         let target = to.checked_add(from.bytes()).and_then(|end| PageRange::new(to, end));
         let released = target.map_or_else(Vec::new, |target| self.unmap(target));
         for (start, segment) in moved {
-            self.segments.insert(to.saturating_add(start - from.start()), segment);
+            self.insert(to.saturating_add(start - from.start()), segment);
         }
         released
     }
@@ -176,8 +270,12 @@ impl Ledger {
             origin: segment.origin,
             states: segment.states.iter().map(|page| AtomicU8::new(page.load(Ordering::Acquire))).collect(),
         };
-        let segments = self.segments.iter().map(|(start, segment)| (*start, copy(segment))).collect();
-        Self { segments, held: AtomicU64::new(self.held()) }
+        Self {
+            segments: self.segments.iter().map(|(start, segment)| (*start, copy(segment))).collect(),
+            origins: self.origins.clone(),
+            held: AtomicU64::new(self.held()),
+            remote: AtomicU64::new(self.remote()),
+        }
     }
 
     fn claim_from(&self, from: u64, to: u64, pages_max: u64) -> Option<Claim> {
@@ -209,8 +307,41 @@ impl Ledger {
         if index < segment.states.len() {
             let states = segment.states.split_off(index);
             let origin = segment.origin + index as u64 * PAGE_BYTES;
-            self.segments.insert(address, Segment { origin, states });
+            self.insert(address, Segment { origin, states });
         }
+    }
+
+    fn insert(&mut self, start: u64, segment: Segment) {
+        self.origins.insert(segment.origin, start);
+        self.segments.insert(start, segment);
+    }
+
+    /// Takes the segments out that start in `pages`.
+    fn take(&mut self, pages: PageRange) -> Vec<(u64, Segment)> {
+        let starts: Vec<u64> =
+            self.segments.range(pages.start()..pages.end()).map(|(start, _)| *start).collect();
+        let mut taken = Vec::with_capacity(starts.len());
+        for start in starts {
+            let Some(segment) = self.segments.remove(&start) else { continue };
+            self.origins.remove(&segment.origin);
+            taken.push((start, segment));
+        }
+        taken
+    }
+
+    /// The pages that were at `origin` at the source: the address there and here, and the state of each.
+    fn located(&self, origin: PageRange) -> impl Iterator<Item = ((u64, u64), &AtomicU8)> {
+        let before =
+            self.origins.range(..=origin.start()).next_back().map_or(origin.start(), |(from, _)| *from);
+        self.origins.range(before..origin.end()).flat_map(move |(from, start)| {
+            let states = self.segments.get(start).map_or(&[][..], |segment| &segment.states[..]);
+            let skip = usize::try_from(origin.start().saturating_sub(*from) / PAGE_BYTES);
+            let first = skip.unwrap_or(usize::MAX).min(states.len());
+            let end = usize::try_from((origin.end() - from) / PAGE_BYTES).unwrap_or(usize::MAX);
+            let end = end.min(states.len()).max(first);
+            let pages = (first..end).map(|index| index as u64 * PAGE_BYTES);
+            pages.map(move |offset| (from + offset, start + offset)).zip(&states[first..end])
+        })
     }
 }
 
@@ -219,141 +350,19 @@ fn state(page: &AtomicU8) -> State {
         0 => State::Held,
         1 => State::Busy,
         2 => State::Installed,
+        5 => State::Remote,
+        6 => State::Requested,
         _ => State::Dropped,
     }
+}
+
+/// Replaces one state by another; whether it was that one.
+fn replace(page: &AtomicU8, from: State, to: State) -> bool {
+    page.compare_exchange(from as u8, to as u8, Ordering::AcqRel, Ordering::Relaxed).is_ok()
 }
 
 const PAGE_STEP: usize = 4096;
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap as Oracle;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    #[derive(Debug, Clone)]
-    enum Step {
-        Claim { page: u64, count: u64, installed: u64 },
-        Next { cursor: u64, count: u64 },
-        Drop { page: u64, count: u64 },
-        Unmap { page: u64, count: u64 },
-        Remap { page: u64, count: u64, to: u64 },
-        Fork,
-    }
-
-    fn step() -> impl Strategy<Value = Step> {
-        let (page, count) = (0_u64..80, 1_u64..12);
-        prop_oneof![
-            3 => (page.clone(), count.clone(), 0_u64..12)
-                .prop_map(|(page, count, installed)| Step::Claim { page, count, installed }),
-            3 => (page.clone(), count.clone()).prop_map(|(cursor, count)| Step::Next { cursor, count }),
-            1 => (page.clone(), count.clone()).prop_map(|(page, count)| Step::Drop { page, count }),
-            1 => (page.clone(), count.clone()).prop_map(|(page, count)| Step::Unmap { page, count }),
-            2 => (page, count, 100_u64..140).prop_map(|(page, count, to)| Step::Remap { page, count, to }),
-            1 => Just(Step::Fork),
-        ]
-    }
-
-    fn pages(page: u64, count: u64) -> PageRange {
-        PageRange::new(page * PAGE_BYTES, (page + count) * PAGE_BYTES).unwrap()
-    }
-
-    /// Per page: where it is at the source, and its state.
-    type Naive = Oracle<u64, (u64, State)>;
-
-    fn held(naive: &Naive) -> u64 {
-        naive.values().filter(|(_, state)| *state == State::Held).count() as u64
-    }
-
-    fn release(naive: &mut Naive, page: u64, count: u64) -> Vec<u64> {
-        let gone = (page..page + count).filter_map(|page| naive.get(&page));
-        gone.filter(|(_, state)| *state == State::Held).map(|(origin, _)| *origin).collect()
-    }
-
-    fn settle(ledger: &Ledger, naive: &mut Naive, claim: Option<Claim>, installed: u64, required: bool) {
-        let Some(claim) = claim else {
-            assert!(!required);
-            return;
-        };
-        let first = claim.pages.start() / PAGE_BYTES;
-        for index in 0..claim.pages.pages() {
-            let (origin, state) = naive[&(first + index)];
-            assert_eq!((origin, state), (claim.origin / PAGE_BYTES + index, State::Held));
-            assert_eq!(ledger.state(claim.pages.start() + index * PAGE_BYTES), State::Busy);
-            if index < installed {
-                naive.insert(first + index, (origin, State::Installed));
-            }
-        }
-        ledger.settle(claim, installed.min(claim.pages.pages()));
-    }
-
-    fn apply(ledger: &mut Ledger, naive: &mut Naive, step: &Step) {
-        let numbers = |released: Vec<PageRange>| -> Vec<u64> {
-            released.iter().map(|page| page.start() / PAGE_BYTES).collect()
-        };
-        match *step {
-            Step::Claim { page, count, installed } => {
-                let required = naive.get(&page).is_some_and(|(_, state)| *state == State::Held);
-                let claim = ledger.claim_at(page * PAGE_BYTES, count);
-                settle(ledger, naive, claim, installed, required);
-            }
-            Step::Next { cursor, count } => {
-                let required = held(naive) > 0;
-                let claim = ledger.claim_next(cursor * PAGE_BYTES, count);
-                settle(ledger, naive, claim, count, required);
-            }
-            Step::Drop { page, count } => {
-                assert_eq!(numbers(ledger.drop_pages(pages(page, count))), release(naive, page, count));
-                naive.range_mut(page..page + count).for_each(|(_, entry)| entry.1 = State::Dropped);
-            }
-            Step::Unmap { page, count } => {
-                assert_eq!(numbers(ledger.unmap(pages(page, count))), release(naive, page, count));
-                naive.retain(|key, _| !(page..page + count).contains(key));
-            }
-            Step::Remap { page, count, to } => {
-                let moved: Naive =
-                    naive.range(page..page + count).map(|(key, entry)| (*key, *entry)).collect();
-                naive.retain(|key, _| !(page..page + count).contains(key));
-                let released = numbers(ledger.remap(pages(page, count), to * PAGE_BYTES));
-                assert_eq!(released, release(naive, to, count));
-                naive.retain(|key, _| !(to..to + count).contains(key));
-                naive.extend(moved.into_iter().map(|(key, entry)| (key - page + to, entry)));
-            }
-            Step::Fork => *ledger = ledger.fork(),
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn a_ledger_agrees_with_a_list_of_single_pages(steps in prop::collection::vec(step(), 0..60)) {
-            let planned: PageSet = [pages(2, 20), pages(30, 5), pages(40, 30)].into_iter().collect();
-            let mut naive: Naive = planned
-                .ranges()
-                .iter()
-                .flat_map(|range| range.chunks(1))
-                .map(|page| (page.start() / PAGE_BYTES, (page.start() / PAGE_BYTES, State::Held)))
-                .collect();
-            let mut ledger = Ledger::new(&planned);
-            for step in &steps {
-                apply(&mut ledger, &mut naive, step);
-                prop_assert_eq!(ledger.held(), held(&naive));
-                for page in 0..160 {
-                    let expected = naive.get(&page).map_or(State::Absent, |(_, state)| *state);
-                    prop_assert_eq!(ledger.state(page * PAGE_BYTES), expected);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_claim_ends_where_lending_must() {
-        let start = LEND_BYTES - 2 * PAGE_BYTES;
-        let held = PageRange::new(start, start + 8 * PAGE_BYTES).unwrap();
-        let ledger = Ledger::new(&[held].into_iter().collect());
-        assert_eq!(ledger.claim_next(0, 100).unwrap().pages.pages(), 2);
-        assert_eq!(ledger.claim_next(0, 100).unwrap().pages.pages(), 6);
-        assert_eq!(ledger.claim_next(0, 100), None);
-    }
-}
+#[path = "ledger_tests.rs"]
+mod tests;

@@ -1,24 +1,26 @@
-//! The threads of the fault server.
+//! The server, and the threads that fill pages in.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
-use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use godwit_sys::SysError;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::PageSource;
-use super::handover::{self, Message, SOCKET_NAME};
+use super::events::Events;
+use super::handover::SOCKET_NAME;
+use super::latency::Latency;
 use super::ledger::Ledger;
-use super::space::{Counters, Filled, Space};
-use crate::{MemoryError, PageSet, Result};
+use super::origin::Origin;
+use super::space::{Counters, Filled, Service, Space};
+use super::{Keeper, PageSource, Requester, SpacePlan};
+use crate::{MemoryError, PageRange, Result};
 
 /// How a server works.
 #[derive(Debug, Clone, Copy)]
@@ -29,13 +31,16 @@ pub struct FaultConfig {
     pub fill_pages: u64,
     /// Pages installed at once when one is missed, and by the fill shortly after.
     pub fault_pages: u64,
+    /// Pages asked for at once when a remote one is missed: the block of so many that it lies in.
+    pub request_pages: u64,
 }
 
 impl Default for FaultConfig {
-    /// As many threads as cores, up to 4; 256 KiB, and 64 KiB in need.
+    /// As many threads as cores, up to 4; 256 KiB, and 64 KiB in need; 32 KiB from the other machine, which take a
+    /// quarter of a millisecond at 1 Gb/s.
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        Self { fill_threads: cores.min(4), fill_pages: 64, fault_pages: 16 }
+        Self { fill_threads: cores.min(4), fill_pages: 64, fault_pages: 16, request_pages: 8 }
     }
 }
 
@@ -46,8 +51,14 @@ pub struct Progress {
     pub spaces: u64,
     /// Pages their source still has.
     pub held_pages: u64,
-    /// Faults answered.
-    pub faults: u64,
+    /// Pages that have not arrived yet.
+    pub remote_pages: u64,
+    /// Pages that were asked for because one was missed.
+    pub requested_pages: u64,
+    /// Faults answered from what was here, and how long those took.
+    pub local: Latency,
+    /// Faults answered by what was asked for.
+    pub network: Latency,
     /// Pages installed because one was missed.
     pub installed_on_fault_pages: u64,
     /// Pages filled in.
@@ -58,61 +69,74 @@ pub struct Progress {
     pub present_already_pages: u64,
 }
 
-/// Serves the pages of one restore. Stopped on drop; tasks whose pages are not all there then find zeros.
+/// Serves the pages of one restore. Stopped on drop; tasks whose pages are not all there then find zeros, unless
+/// somebody keeps duplicates of the userfaultfds.
 #[derive(Debug)]
 pub struct FaultServer {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
 
-struct Shared {
-    config: FaultConfig,
-    source: Arc<dyn PageSource>,
+pub(super) struct Shared {
+    pub(super) service: Service,
+    pub(super) source: Arc<dyn PageSource>,
+    pub(super) requester: Option<Arc<dyn Requester>>,
+    pub(super) keeper: Option<Arc<dyn Keeper>>,
     state: Mutex<State>,
-    changed: Condvar,
-    counters: Counters,
+    pub(super) changed: Condvar,
     /// Wakes the event thread.
-    doorbell: EventFd,
+    pub(super) doorbell: EventFd,
     begin: Instant,
     /// When a fault was last seen, in ms since `begin`, plus one.
     fault_ms: AtomicU64,
 }
 
 #[derive(Default)]
-struct State {
+pub(super) struct State {
     /// Pages of tasks that CRIU has not handed over yet.
-    plan: BTreeMap<i32, PageSet>,
-    spaces: BTreeMap<u64, Arc<Space>>,
-    spaces_seen: u64,
-    restored: bool,
-    filling: bool,
-    stopping: bool,
-    drained: bool,
+    pub(super) plan: BTreeMap<i32, Ledger>,
+    /// What CRIU has handed over, as long as anything of it is left.
+    pub(super) origins: BTreeMap<i32, Weak<Origin>>,
+    pub(super) spaces: BTreeMap<u64, Arc<Space>>,
+    pub(super) spaces_seen: u64,
+    pub(super) restored: bool,
+    pub(super) filling: bool,
+    pub(super) stopping: bool,
+    pub(super) drained: bool,
     failure: Option<MemoryError>,
 }
 
 impl FaultServer {
-    /// Listens in `directory`, CRIU's working directory for the restore, and serves from `source` the pages
-    /// of `plan` (by the ids that processes have in the container). Pages not in the plan are zeros.
+    /// Listens in `directory`, CRIU's working directory for the restore, and serves the pages of `plan` (by the ids
+    /// that processes have in the container): from `source` what is held, by way of `requester` what is remote.
+    /// `keeper` gets a duplicate of each userfaultfd. Pages not in the plan are zeros.
     ///
     /// # Errors
-    /// [`MemoryError::File`] when the socket cannot be made, [`MemoryError::Sys`].
+    /// [`MemoryError::Plan`] for remote pages without a requester, [`MemoryError::File`] when the socket cannot be
+    /// made, [`MemoryError::Sys`].
     pub fn start(
         directory: &Path,
-        plan: BTreeMap<i32, PageSet>,
+        plan: &BTreeMap<i32, SpacePlan>,
         source: Arc<dyn PageSource>,
+        requester: Option<Arc<dyn Requester>>,
+        keeper: Option<Arc<dyn Keeper>>,
         config: FaultConfig,
     ) -> Result<Self> {
+        if let (Some((pid, _)), None) = (plan.iter().find(|(_, plan)| !plan.remote.is_empty()), &requester) {
+            return Err(MemoryError::Plan { pid: *pid, what: "remote pages and nobody to ask".to_owned() });
+        }
         let path = directory.join(SOCKET_NAME);
         let listener = bind(&path)?;
         let doorbell = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(call("eventfd"))?;
+        let plan = plan.iter().map(|(pid, plan)| (*pid, Ledger::new(plan))).collect();
         let shared = Arc::new(Shared {
-            config,
+            service: Service { config, counters: Counters::default() },
             source,
+            requester,
+            keeper,
             state: Mutex::new(State { plan, ..State::default() }),
             changed: Condvar::new(),
-            counters: Counters::default(),
             doorbell,
             begin: Instant::now(),
             fault_ms: AtomicU64::new(0),
@@ -124,6 +148,27 @@ impl FaultServer {
             server.spawn("fill", |shared| shared.fill())?;
         }
         Ok(server)
+    }
+
+    /// The contents of `pages` of `space`, named as the source names them, are in the page source. Those who wait for
+    /// them get them before this returns, the fill does the rest; pages that nobody needs are released there.
+    ///
+    /// May be called from any thread, at any time, and more than once for a page.
+    pub fn arrived(&self, space: i32, pages: PageRange) {
+        self.shared.arrived(space, pages);
+    }
+
+    /// Duplicates of all userfaultfds there are now, each with the process it came of.
+    ///
+    /// # Errors
+    /// [`MemoryError::File`] when no descriptor is left.
+    pub fn descriptors(&self) -> Result<Vec<(i32, OwnedFd)>> {
+        let state = self.shared.lock();
+        let duplicate = |space: &Arc<Space>| {
+            let fd = space.faults.as_fd().try_clone_to_owned().map_err(MemoryError::file("userfaultfd"))?;
+            Ok((space.pid(), fd))
+        };
+        state.spaces.values().map(duplicate).collect()
     }
 
     /// Begins to fill pages in before CRIU says that all is restored: once it has registered all memory, which
@@ -151,14 +196,20 @@ impl FaultServer {
 
     /// What has been done.
     pub fn progress(&self) -> Progress {
-        let counters = &self.shared.counters;
+        let counters = &self.shared.service.counters;
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let state = self.shared.lock();
-        let planned: u64 = state.plan.values().map(PageSet::pages).sum();
+        let sum = |of_ledger: fn(&Ledger) -> u64, of_space: fn(&Space) -> u64| {
+            let planned: u64 = state.plan.values().map(of_ledger).sum();
+            planned + state.spaces.values().map(|space| of_space(space)).sum::<u64>()
+        };
         Progress {
             spaces: state.spaces_seen,
-            held_pages: planned + state.spaces.values().map(|space| space.held()).sum::<u64>(),
-            faults: read(&counters.faults),
+            held_pages: sum(Ledger::held, Space::held),
+            remote_pages: sum(Ledger::remote, Space::remote),
+            requested_pages: read(&counters.requested),
+            local: counters.local.summary(),
+            network: counters.network.summary(),
             installed_on_fault_pages: read(&counters.installed_on_fault),
             installed_behind_pages: read(&counters.installed_behind),
             zeroed_pages: read(&counters.zeroed),
@@ -203,26 +254,56 @@ impl Drop for FaultServer {
 
 impl std::fmt::Debug for Shared {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("Shared").field("config", &self.config).finish_non_exhaustive()
+        formatter.debug_struct("Shared").field("config", &self.service.config).finish_non_exhaustive()
     }
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn ring(&self) {
+    pub(super) fn ring(&self) {
         if let Err(errno) = self.doorbell.write(1) {
             log::error!("doorbell of the fault server: {errno}");
         }
     }
 
     /// The first failure is the one that counts; serving goes on as well as it can.
-    fn fail(&self, error: MemoryError) {
+    pub(super) fn fail(&self, error: MemoryError) {
         log::error!("failed to serve pages: {error}");
         self.lock().failure.get_or_insert(error);
         self.changed.notify_all();
+    }
+
+    pub(super) fn saw_fault(&self) {
+        self.fault_ms.store(self.elapsed_ms() + 1, Ordering::Relaxed);
+    }
+
+    fn arrived(&self, pid: i32, pages: PageRange) {
+        let origin = {
+            let state = self.lock();
+            if let Some(ledger) = state.plan.get(&pid) {
+                // No task has it yet, so nobody waits. What is not in the plan, nobody needs.
+                let unneeded = ledger.arrive(pages).unneeded;
+                unneeded.ranges().iter().for_each(|range| self.source.release(pid, *range));
+                return;
+            }
+            state.origins.get(&pid).and_then(Weak::upgrade)
+        };
+        let Some(origin) = origin else { return self.source.release(pid, pages) };
+        if let Err(error) = origin.arrived(pages, &self.service) {
+            self.fail(error);
+        }
+        drop(origin);
+        let state = self.lock();
+        let is_due = |space: &Arc<Space>| space.has_kept() || space.outstanding() == 0;
+        let is_due = state.spaces.values().any(is_due);
+        drop(state);
+        self.changed.notify_all();
+        if is_due {
+            self.ring();
+        }
     }
 
     /// Body of a fill thread.
@@ -230,9 +311,12 @@ impl Shared {
         let mut turn = 0_usize;
         loop {
             let spaces: Vec<Arc<Space>> = {
-                let idle = |state: &mut State| !state.stopping && (!state.filling || state.spaces.is_empty());
-                let state = self.lock();
-                let state = self.changed.wait_while(state, idle).unwrap_or_else(PoisonError::into_inner);
+                let is_idle = |state: &mut State| {
+                    let has_work = state.filling && state.spaces.values().any(|space| space.held() > 0);
+                    !state.stopping && !has_work
+                };
+                let state =
+                    self.changed.wait_while(self.lock(), is_idle).unwrap_or_else(PoisonError::into_inner);
                 if state.stopping {
                     return;
                 }
@@ -251,14 +335,15 @@ impl Shared {
         let mut any = false;
         for index in 0..spaces.len() {
             let space = &spaces[(index + turn) % spaces.len()];
-            match space.fill(&self.counters, self.fill_pages()) {
-                Ok(Filled::More) => any = true,
-                Ok(Filled::Later) => {}
-                Ok(Filled::Nothing) => self.ring(),
+            match space.fill(&self.service, self.fill_pages()) {
+                Ok(filled) => any |= filled == Filled::More,
                 Err(error) => {
                     self.fail(error);
                     return false;
                 }
+            }
+            if space.outstanding() == 0 {
+                self.ring();
             }
         }
         any
@@ -268,171 +353,12 @@ impl Shared {
     fn fill_pages(&self) -> u64 {
         let last = self.fault_ms.load(Ordering::Relaxed);
         let is_quiet = last == 0 || self.elapsed_ms() > last + QUIET_MS;
-        if is_quiet { self.config.fill_pages } else { self.config.fault_pages }.max(1)
+        let config = &self.service.config;
+        if is_quiet { config.fill_pages } else { config.fault_pages }.max(1)
     }
 
     fn elapsed_ms(&self) -> u64 {
         u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
-}
-
-/// The event thread.
-struct Events {
-    shared: Arc<Shared>,
-    epoll: Epoll,
-    listener: Option<UnixListener>,
-    criu: Option<UnixStream>,
-    next_key: u64,
-    /// Spaces with faults that could not be answered yet.
-    retry: Vec<u64>,
-}
-
-impl Events {
-    fn new(shared: Arc<Shared>, listener: UnixListener) -> Result<Self> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(call("epoll_create1"))?;
-        let readable = |key| EpollEvent::new(EpollFlags::EPOLLIN, key);
-        epoll.add(&shared.doorbell, readable(DOORBELL)).map_err(call("epoll_ctl"))?;
-        epoll.add(&listener, readable(LISTENER)).map_err(call("epoll_ctl"))?;
-        Ok(Self { shared, epoll, listener: Some(listener), criu: None, next_key: SPACES, retry: Vec::new() })
-    }
-
-    fn run(mut self) {
-        let mut ready = [EpollEvent::empty(); 64];
-        loop {
-            let timeout = if self.retry.is_empty() { EpollTimeout::NONE } else { EpollTimeout::from(1_u8) };
-            let count = match self.epoll.wait(&mut ready, timeout) {
-                Ok(count) => count,
-                Err(nix::errno::Errno::EINTR) => 0,
-                Err(errno) => return self.shared.fail(SysError::Call { call: "epoll_wait", errno }.into()),
-            };
-            let mut keys: Vec<u64> = std::mem::take(&mut self.retry);
-            keys.extend(ready[..count].iter().map(EpollEvent::data));
-            for key in keys {
-                if let Err(error) = self.handle(key) {
-                    self.shared.fail(error);
-                }
-            }
-            if self.finish() {
-                return;
-            }
-        }
-    }
-
-    fn handle(&mut self, key: u64) -> Result<()> {
-        match key {
-            DOORBELL => {
-                // Only that it rang matters.
-                let _rings = self.shared.doorbell.read();
-                Ok(())
-            }
-            LISTENER => self.accept(),
-            CRIU => self.hear(),
-            key => self.serve(key),
-        }
-    }
-
-    fn accept(&mut self) -> Result<()> {
-        let Some(listener) = self.listener.take() else { return Ok(()) };
-        let (criu, _) = listener.accept().map_err(MemoryError::file(SOCKET_NAME))?;
-        criu.set_read_timeout(Some(HEAR_LIMIT)).map_err(MemoryError::file(SOCKET_NAME))?;
-        self.epoll.add(&criu, EpollEvent::new(EpollFlags::EPOLLIN, CRIU)).map_err(call("epoll_ctl"))?;
-        self.criu = Some(criu);
-        Ok(())
-    }
-
-    fn hear(&mut self) -> Result<()> {
-        let Some(criu) = self.criu.as_mut() else { return Ok(()) };
-        match handover::receive(criu) {
-            Ok(Message::Task { pid, faults }) => {
-                let plan = self.shared.lock().plan.remove(&pid).unwrap_or_default();
-                self.add(Space::new(pid, self.shared.source.clone(), faults, Ledger::new(&plan)))
-            }
-            Ok(Message::Zombie) => Ok(()),
-            Ok(Message::Restored) => {
-                let mut state = self.shared.lock();
-                (state.restored, state.filling) = (true, true);
-                let missing: Vec<(i32, PageSet)> = std::mem::take(&mut state.plan).into_iter().collect();
-                drop(state);
-                self.shared.changed.notify_all();
-                match missing.into_iter().find(|(_, pages)| !pages.is_empty()) {
-                    None => Ok(()),
-                    Some((pid, pages)) => Err(MemoryError::NotInstalled {
-                        pid,
-                        address: pages.ranges().first().map_or(0, |range| range.start()),
-                        pages: pages.pages(),
-                        reason: "criu restored no such process".to_owned(),
-                    }),
-                }
-            }
-            Ok(Message::Closed) => {
-                self.criu = None;
-                if self.shared.lock().restored {
-                    return Ok(());
-                }
-                Err(MemoryError::Protocol { what: "closed before all was restored".to_owned() })
-            }
-            Err(error) => {
-                // What follows cannot be understood.
-                self.criu = None;
-                Err(error)
-            }
-        }
-    }
-
-    fn add(&mut self, space: Space) -> Result<()> {
-        let key = self.next_key;
-        self.next_key += 1;
-        let readable = EpollEvent::new(EpollFlags::EPOLLIN, key);
-        self.epoll.add(space.faults.as_fd(), readable).map_err(call("epoll_ctl"))?;
-        let mut state = self.shared.lock();
-        state.spaces_seen += 1;
-        state.spaces.insert(key, Arc::new(space));
-        drop(state);
-        self.shared.changed.notify_all();
-        // A fault may have come before the descriptor was watched, which reports it all the same; a child's
-        // may have been kept by nobody.
-        self.serve(key)
-    }
-
-    fn serve(&mut self, key: u64) -> Result<()> {
-        let Some(space) = self.shared.lock().spaces.get(&key).cloned() else { return Ok(()) };
-        self.shared.fault_ms.store(self.shared.elapsed_ms() + 1, Ordering::Relaxed);
-        let shared = &self.shared;
-        let (children, is_left) = space.serve(&shared.counters, shared.config.fault_pages.max(1))?;
-        if is_left {
-            self.retry.push(key);
-        }
-        for child in children {
-            self.add(child)?;
-        }
-        Ok(())
-    }
-
-    /// Lets go of what is complete; true when the thread has nothing more to do.
-    fn finish(&mut self) -> bool {
-        let mut state = self.shared.lock();
-        if state.stopping {
-            return true;
-        }
-        if !state.restored {
-            return false;
-        }
-        let complete: Vec<u64> =
-            state.spaces.iter().filter(|(_, space)| space.held() == 0).map(|(key, _)| *key).collect();
-        for key in complete {
-            let Some(space) = state.spaces.remove(&key) else { continue };
-            if let Err(errno) = self.epoll.delete(space.faults.as_fd()) {
-                log::debug!("userfaultfd of process {}: {errno}", space.pid());
-            }
-        }
-        // A fork may still be on its way while a space is there, not afterwards.
-        state.drained = state.spaces.is_empty();
-        let is_drained = state.drained;
-        drop(state);
-        if is_drained {
-            self.shared.changed.notify_all();
-        }
-        is_drained && self.criu.is_none()
     }
 }
 
@@ -446,15 +372,9 @@ fn bind(path: &Path) -> Result<UnixListener> {
     UnixListener::bind(path).map_err(MemoryError::file(path))
 }
 
-fn call(call: &'static str) -> impl FnOnce(nix::errno::Errno) -> MemoryError {
+pub(super) fn call(call: &'static str) -> impl FnOnce(nix::errno::Errno) -> MemoryError {
     move |errno| SysError::Call { call, errno }.into()
 }
 
-const DOORBELL: u64 = 0;
-const LISTENER: u64 = 1;
-const CRIU: u64 = 2;
-const SPACES: u64 = 16;
-/// For the rest of a message whose first byte is there.
-const HEAR_LIMIT: Duration = Duration::from_secs(10);
 /// How long after a fault the fill keeps to small pieces.
 const QUIET_MS: u64 = 5;

@@ -1,5 +1,6 @@
 //! One restored address space: its userfaultfd, its ledger, and what is done with both.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
@@ -7,30 +8,31 @@ use std::time::{Duration, Instant};
 use godwit_sys::page_range::{PAGE_BYTES, PageRange};
 use godwit_sys::userfaultfd::{Event, Installed, Stop, Userfaultfd};
 
+use super::latency::Histogram;
 use super::ledger::{Claim, Ledger, State};
-use super::{Lent, PageSource};
-use crate::{MemoryError, Result};
+use super::origin::Origin;
+use super::{FaultConfig, Lent};
+use crate::{MemoryError, PageSet, Result};
+
+/// How all spaces are served, and what was done.
+#[derive(Debug)]
+pub(super) struct Service {
+    pub(super) config: FaultConfig,
+    pub(super) counters: Counters,
+}
 
 /// What was done, over all spaces.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
-    pub(super) faults: AtomicU64,
+    /// Waits that ended without another machine.
+    pub(super) local: Histogram,
+    /// Waits for remote pages.
+    pub(super) network: Histogram,
+    pub(super) requested: AtomicU64,
     pub(super) installed_on_fault: AtomicU64,
     pub(super) installed_behind: AtomicU64,
     pub(super) zeroed: AtomicU64,
     pub(super) present_already: AtomicU64,
-}
-
-/// The pages of one process at the source, shared by the spaces that came of it.
-struct Origin {
-    pid: i32,
-    source: Arc<dyn PageSource>,
-}
-
-impl Drop for Origin {
-    fn drop(&mut self) {
-        self.source.finish(self.pid);
-    }
 }
 
 /// See the module.
@@ -38,12 +40,37 @@ pub(super) struct Space {
     origin: Arc<Origin>,
     pub(super) faults: Userfaultfd,
     ledger: RwLock<Ledger>,
-    /// Faults that could not be answered yet.
-    kept: Mutex<Vec<u64>>,
+    /// Faults that could not be answered yet, to be tried again.
+    kept: Mutex<Vec<Missed>>,
+    /// Faults that wait for remote pages. Locked before the ledger.
+    waiting: Mutex<Vec<Missed>>,
+    /// What arrived and is not installed yet, a hint to the fill.
+    ready: Mutex<VecDeque<PageRange>>,
     cursor: AtomicU64,
     exited: AtomicBool,
     /// Since when only pages have come that no mapping takes.
     unregistered: Mutex<Option<Instant>>,
+}
+
+/// A fault that is not answered.
+#[derive(Debug, Clone, Copy)]
+struct Missed {
+    address: u64,
+    since: Instant,
+    /// Whether it had to wait for a remote page.
+    network: bool,
+}
+
+/// What became of a fault.
+#[derive(Debug, Clone, Copy)]
+enum Answered {
+    Done {
+        network: bool,
+    },
+    /// To be tried again after reading events.
+    Later(Missed),
+    /// A remote page was asked for; its arrival is the answer.
+    Waiting,
 }
 
 /// What one step of the fill came to.
@@ -53,84 +80,115 @@ pub(super) enum Filled {
     More,
     /// Not now: the address space is changing.
     Later,
-    /// Nothing is left.
+    /// There is nothing to install.
     Nothing,
 }
 
 impl Space {
-    pub(super) fn new(pid: i32, source: Arc<dyn PageSource>, faults: Userfaultfd, ledger: Ledger) -> Self {
-        Self::of(Arc::new(Origin { pid, source }), faults, ledger)
-    }
-
-    fn of(origin: Arc<Origin>, faults: Userfaultfd, ledger: Ledger) -> Self {
-        Self {
+    /// A space that came of `origin`, which knows it from here on.
+    pub(super) fn new(origin: Arc<Origin>, faults: Userfaultfd, ledger: Ledger) -> Arc<Self> {
+        let space = Arc::new(Self {
             origin,
             faults,
             ledger: RwLock::new(ledger),
             kept: Mutex::default(),
+            waiting: Mutex::default(),
+            ready: Mutex::default(),
             cursor: AtomicU64::new(0),
             exited: AtomicBool::new(false),
             unregistered: Mutex::default(),
-        }
+        });
+        space.origin.add(&space);
+        space
     }
 
     pub(super) fn pid(&self) -> i32 {
         self.origin.pid
     }
 
-    /// Pages its source still has for it.
+    /// Pages its source has for it.
     pub(super) fn held(&self) -> u64 {
-        if self.exited.load(Ordering::Acquire) { 0 } else { self.read().held() }
+        if self.has_exited() { 0 } else { self.read().held() }
     }
 
-    /// Whether this is the last space that came of its process.
-    fn is_last(&self) -> bool {
-        Arc::strong_count(&self.origin) == 1
+    /// Pages that are still at the other machine.
+    pub(super) fn remote(&self) -> u64 {
+        if self.has_exited() { 0 } else { self.read().remote() }
+    }
+
+    /// Pages it is still to get, from wherever.
+    pub(super) fn outstanding(&self) -> u64 {
+        if self.has_exited() { 0 } else { self.read().outstanding() }
+    }
+
+    /// Whether faults are left to be tried again.
+    pub(super) fn has_kept(&self) -> bool {
+        !lock(&self.kept).is_empty()
+    }
+
+    /// Finds out whether the space has gone. Nothing tells, unless somebody installs.
+    pub(super) fn check_alive(&self) -> Result<()> {
+        if !self.faults.is_alive()? {
+            self.exit();
+        }
+        Ok(())
     }
 
     /// Reads what the kernel has to say, applies changes, and answers faults; returns forked children.
-    /// True with it when something is left to be tried again.
-    pub(super) fn serve(&self, counters: &Counters, pages_max: u64) -> Result<(Vec<Self>, bool)> {
+    ///
+    /// Goes on after an error, and returns the first one.
+    pub(super) fn serve(&self, service: &Service) -> (Vec<Arc<Self>>, Result<()>) {
         let mut children = Vec::new();
-        let mut faults = std::mem::take(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut missed = std::mem::take(&mut *lock(&self.kept));
+        let (mut is_changed, mut answer) = (false, Ok(()));
         loop {
             // Nobody installs between the reading of a change and the ledger's knowing it.
             let mut ledger = self.write();
-            let events = self.faults.read_events()?;
+            let events = match self.faults.read_events() {
+                Ok(events) => events,
+                Err(error) => {
+                    answer = Err(error.into());
+                    break;
+                }
+            };
             if events.is_empty() {
                 break;
             }
             for event in events {
                 match event {
-                    Event::Fault { address, .. } => faults.push(address),
-                    other => children.extend(self.apply(&mut ledger, other)),
+                    Event::Fault { address, .. } => {
+                        missed.push(Missed { address, since: Instant::now(), network: false });
+                    }
+                    other => {
+                        is_changed = true;
+                        children.extend(self.apply(&mut ledger, other));
+                    }
                 }
             }
         }
-        let mut kept = Vec::new();
-        for address in faults {
-            counters.faults.fetch_add(1, Ordering::Relaxed);
-            if !self.answer(address, counters, pages_max)? {
-                counters.faults.fetch_sub(1, Ordering::Relaxed);
-                kept.push(address);
-            }
+        if is_changed {
+            missed.extend(self.take_waiting(|state| !is_remote(state)));
         }
-        let is_left = !kept.is_empty();
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).extend(kept);
-        Ok((children, is_left))
+        for missed in missed {
+            answer = answer.and(self.settle_fault(missed, service));
+        }
+        (children, answer)
     }
 
     /// Installs the next pages behind the task's back.
-    pub(super) fn fill(&self, counters: &Counters, pages_max: u64) -> Result<Filled> {
-        if self.exited.load(Ordering::Acquire) {
+    pub(super) fn fill(&self, service: &Service, pages_max: u64) -> Result<Filled> {
+        if self.has_exited() {
             return Ok(Filled::Nothing);
         }
         let ledger = self.read();
-        let Some(claim) = ledger.claim_next(self.cursor.load(Ordering::Relaxed), pages_max) else {
+        let claim = self.claim_ready(&ledger, pages_max);
+        let Some(claim) = claim.or_else(|| ledger.claim_next(self.cursor.load(Ordering::Relaxed), pages_max))
+        else {
             // What others have claimed comes back, or is done, in a moment.
             return Ok(if ledger.held() == 0 { Filled::Nothing } else { Filled::Later });
         };
         self.cursor.store(claim.pages.end(), Ordering::Relaxed);
+        let counters = &service.counters;
         let stop = self.install(&ledger, claim, &counters.installed_behind, counters)?;
         drop(ledger);
         Ok(match stop {
@@ -140,15 +198,37 @@ impl Space {
         })
     }
 
-    fn apply(&self, ledger: &mut Ledger, event: Event) -> Option<Self> {
+    /// Somebody else asked for `origin`, named as the source names it.
+    pub(super) fn mark_requested(&self, origin: PageRange) {
+        self.read().mark_requested(origin);
+    }
+
+    /// The contents of `origin`, named as the source names it, are in the source: who waits gets them. Returns what
+    /// of it this space does not need.
+    pub(super) fn arrived(&self, origin: PageRange, service: &Service) -> Result<PageSet> {
+        if self.has_exited() {
+            return Ok([origin].into_iter().collect());
+        }
+        let arrived = self.read().arrive(origin);
+        lock(&self.ready).extend(&arrived.held);
+        let held: PageSet = arrived.held.into_iter().collect();
+        if !held.is_empty() {
+            for missed in self.take_waiting(|state| !is_remote(state)) {
+                self.settle_fault(missed, service)?;
+            }
+        }
+        Ok(arrived.unneeded)
+    }
+
+    fn apply(&self, ledger: &mut Ledger, event: Event) -> Option<Arc<Self>> {
         let released = match event {
             Event::Fault { .. } => Vec::new(),
             Event::Remove(pages) => ledger.drop_pages(pages),
             Event::Unmap(pages) => ledger.unmap(pages),
             Event::Remap { from, to } => ledger.remap(from, to),
-            Event::Fork(faults) => return Some(Self::of(self.origin.clone(), faults, ledger.fork())),
+            Event::Fork(faults) => return Some(Self::new(self.origin.clone(), faults, ledger.fork())),
         };
-        if self.is_last() {
+        if self.origin.is_last() {
             for pages in released {
                 self.origin.source.release(self.pid(), pages);
             }
@@ -156,43 +236,124 @@ impl Space {
         None
     }
 
-    /// Answers one fault; false when it has to be tried again after reading events.
-    fn answer(&self, address: u64, counters: &Counters, pages_max: u64) -> Result<bool> {
+    /// Answers a fault, or sees to it that it is answered later.
+    fn settle_fault(&self, missed: Missed, service: &Service) -> Result<()> {
+        match self.answer(missed, service) {
+            Ok(Answered::Done { network }) => {
+                let counters = &service.counters;
+                let histogram = if network { &counters.network } else { &counters.local };
+                histogram.record(missed.since.elapsed());
+                Ok(())
+            }
+            Ok(Answered::Later(missed)) => {
+                lock(&self.kept).push(missed);
+                Ok(())
+            }
+            Ok(Answered::Waiting) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn answer(&self, mut missed: Missed, service: &Service) -> Result<Answered> {
+        let Missed { address, .. } = missed;
         let page = PageRange::page_at(address);
+        let counters = &service.counters;
         loop {
+            let done = Answered::Done { network: missed.network };
             let ledger = self.read();
-            if let Some(claim) = ledger.claim_at(address, pages_max) {
+            if let Some(claim) = ledger.claim_at(address, service.config.fault_pages.max(1)) {
                 let stop = self.install(&ledger, claim, &counters.installed_on_fault, counters)?;
                 match stop {
-                    Some(Stop::Changing) => return Ok(false),
+                    Some(Stop::Changing) => return Ok(Answered::Later(missed)),
                     // The page itself was there, or went in before a later one stopped it: look again.
                     _ if ledger.state(address) != State::Held => {}
-                    Some(Stop::Exited) => return Ok(true),
+                    Some(Stop::Exited) => return Ok(done),
                     _ => continue,
                 }
                 self.faults.wake(page)?;
-                return Ok(true);
+                return Ok(done);
             }
-            if ledger.state(address) == State::Busy {
-                // A fill thread is at it. Should it fail, the page is held again and ours.
-                drop(ledger);
-                std::thread::yield_now();
-                continue;
-            }
-            // Never there, dropped, or installed and gone since (MADV_FREE): zeros.
-            let Installed { stop, .. } = self.faults.zero(page)?;
-            match stop {
-                Some(Stop::Changing) => return Ok(false),
-                Some(Stop::Exists) => self.faults.wake(page)?,
-                Some(Stop::Exited) => self.exit(),
-                // The mapping went, and whoever waits looks again.
-                Some(Stop::NotRegistered) => self.faults.wake(page)?,
-                None => {
-                    counters.zeroed.fetch_add(1, Ordering::Relaxed);
+            match ledger.state(address) {
+                // Between the claim and here it was given back.
+                State::Held => {}
+                State::Busy => {
+                    // A fill thread is at it. Should it fail, the page is held again and ours.
+                    drop(ledger);
+                    std::thread::yield_now();
+                }
+                State::Remote | State::Requested => {
+                    let wanted = ledger.request(address, service.config.request_pages);
+                    drop(ledger);
+                    missed.network = true;
+                    let waits = self.wait_for(missed);
+                    for pages in wanted {
+                        counters.requested.fetch_add(pages.pages(), Ordering::Relaxed);
+                        self.origin.request(pages)?;
+                    }
+                    if waits {
+                        return Ok(Answered::Waiting);
+                    }
+                }
+                // Never there, dropped, or installed and gone since (MADV_FREE).
+                State::Absent | State::Dropped | State::Installed => {
+                    let is_answered = self.zero(page, counters)?;
+                    return Ok(if is_answered { done } else { Answered::Later(missed) });
                 }
             }
-            return Ok(true);
         }
+    }
+
+    /// Answers with zeros; false when it has to be tried again after reading events.
+    fn zero(&self, page: PageRange, counters: &Counters) -> Result<bool> {
+        let Installed { stop, .. } = self.faults.zero(page)?;
+        match stop {
+            Some(Stop::Changing) => return Ok(false),
+            Some(Stop::Exited) => self.exit(),
+            // There, or the mapping went: whoever waits looks again.
+            Some(Stop::Exists | Stop::NotRegistered) => self.faults.wake(page)?,
+            None => {
+                counters.zeroed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Lets a fault wait for its remote page; false when that has arrived, or gone, meanwhile.
+    fn wait_for(&self, missed: Missed) -> bool {
+        // Who brings the page marks it in the ledger, and looks here afterwards.
+        let mut waiting = lock(&self.waiting);
+        let waits = is_remote(self.read().state(missed.address));
+        if waits {
+            waiting.push(missed);
+        }
+        waits
+    }
+
+    /// Takes out the waiting faults whose page's state is such.
+    fn take_waiting(&self, such: impl Fn(State) -> bool) -> Vec<Missed> {
+        let mut waiting = lock(&self.waiting);
+        if waiting.is_empty() {
+            return Vec::new();
+        }
+        let ledger = self.read();
+        waiting.extract_if(.., |missed| such(ledger.state(missed.address))).collect()
+    }
+
+    /// Claims pages of those that arrived last.
+    fn claim_ready(&self, ledger: &Ledger, pages_max: u64) -> Option<Claim> {
+        let mut ready = lock(&self.ready);
+        while let Some(range) = ready.pop_front() {
+            // Some of it may have been installed for a fault.
+            for page in range.chunks(1) {
+                let rest = (range.end() - page.start()) / PAGE_BYTES;
+                let Some(claim) = ledger.claim_at(page.start(), pages_max.min(rest)) else { continue };
+                if let Some(rest) = PageRange::new(claim.pages.end(), range.end()) {
+                    ready.push_front(rest);
+                }
+                return Some(claim);
+            }
+        }
+        None
     }
 
     /// Installs what was claimed and settles it, whatever comes.
@@ -231,7 +392,7 @@ impl Space {
         });
         // Given back before it counts as done, so that complete means given back as well.
         if let Some(pages) = PageRange::new(origin.start(), origin.start() + done)
-            && self.is_last()
+            && self.origin.is_last()
         {
             self.origin.source.release(self.pid(), pages);
         }
@@ -243,7 +404,7 @@ impl Space {
                 self.check_patience(claim.pages.start() + done)?;
                 return Ok(Some(Stop::Changing));
             }
-            _ if done > 0 => *self.lock_unregistered() = None,
+            _ if done > 0 => *lock(&self.unregistered) = None,
             _ => {}
         }
         Ok(stop)
@@ -252,7 +413,7 @@ impl Space {
     /// While an address space changes, the kernel may find that a mapping is not there before it finds that it
     /// is changing. Only when it stays away for long was it never restored.
     fn check_patience(&self, address: u64) -> Result<()> {
-        let mut since = self.lock_unregistered();
+        let mut since = lock(&self.unregistered);
         if since.get_or_insert_with(Instant::now).elapsed() < PATIENCE {
             return Ok(());
         }
@@ -262,10 +423,6 @@ impl Space {
             pages: 1,
             reason: "criu restored no lazy memory there".to_owned(),
         })
-    }
-
-    fn lock_unregistered(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.unregistered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Installs `bytes` bytes at `done` behind `start`, which is where the lent pages begin.
@@ -284,6 +441,10 @@ impl Space {
         })
     }
 
+    fn has_exited(&self) -> bool {
+        self.exited.load(Ordering::Acquire)
+    }
+
     fn exit(&self) {
         self.exited.store(true, Ordering::Release);
     }
@@ -295,6 +456,21 @@ impl Space {
     fn write(&self) -> RwLockWriteGuard<'_, Ledger> {
         self.ledger.write().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        self.origin.leave();
+    }
+}
+
+fn is_remote(state: State) -> bool {
+    matches!(state, State::Remote | State::Requested)
+}
+
+/// What these locks protect is whole between any two statements, so a panic elsewhere does no harm to it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A change of an address space takes as long as its events wait to be read, and they are read at once.

@@ -1,0 +1,190 @@
+use std::collections::BTreeMap as Oracle;
+
+use proptest::prelude::*;
+
+use super::*;
+
+#[derive(Debug, Clone)]
+enum Step {
+    Claim { page: u64, count: u64, installed: u64 },
+    Next { cursor: u64, count: u64 },
+    Request { page: u64, window: u64 },
+    MarkRequested { page: u64, count: u64 },
+    Arrive { page: u64, count: u64 },
+    Drop { page: u64, count: u64 },
+    Unmap { page: u64, count: u64 },
+    Remap { page: u64, count: u64, to: u64 },
+    Fork,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let (page, count) = (0_u64..80, 1_u64..12);
+    prop_oneof![
+        3 => (page.clone(), count.clone(), 0_u64..12)
+            .prop_map(|(page, count, installed)| Step::Claim { page, count, installed }),
+        3 => (page.clone(), count.clone()).prop_map(|(cursor, count)| Step::Next { cursor, count }),
+        2 => (page.clone(), 1_u64..9).prop_map(|(page, window)| Step::Request { page, window }),
+        1 => (page.clone(), count.clone()).prop_map(|(page, count)| Step::MarkRequested { page, count }),
+        3 => (page.clone(), count.clone()).prop_map(|(page, count)| Step::Arrive { page, count }),
+        1 => (page.clone(), count.clone()).prop_map(|(page, count)| Step::Drop { page, count }),
+        1 => (page.clone(), count.clone()).prop_map(|(page, count)| Step::Unmap { page, count }),
+        2 => (page, count, 100_u64..140).prop_map(|(page, count, to)| Step::Remap { page, count, to }),
+        1 => Just(Step::Fork),
+    ]
+}
+
+fn pages(page: u64, count: u64) -> PageRange {
+    PageRange::new(page * PAGE_BYTES, (page + count) * PAGE_BYTES).unwrap()
+}
+
+/// Per page: where it is at the source, and its state.
+type Naive = Oracle<u64, (u64, State)>;
+
+fn held(naive: &Naive) -> u64 {
+    naive.values().filter(|(_, state)| *state == State::Held).count() as u64
+}
+
+fn remote(naive: &Naive) -> u64 {
+    naive.values().filter(|(_, state)| is_remote(*state)).count() as u64
+}
+
+fn is_remote(state: State) -> bool {
+    matches!(state, State::Remote | State::Requested)
+}
+
+fn release(naive: &mut Naive, page: u64, count: u64) -> Vec<u64> {
+    let gone = (page..page + count).filter_map(|page| naive.get(&page));
+    gone.filter(|(_, state)| *state == State::Held).map(|(origin, _)| *origin).collect()
+}
+
+fn settle(ledger: &Ledger, naive: &mut Naive, claim: Option<Claim>, installed: u64, required: bool) {
+    let Some(claim) = claim else {
+        assert!(!required);
+        return;
+    };
+    let first = claim.pages.start() / PAGE_BYTES;
+    for index in 0..claim.pages.pages() {
+        let (origin, state) = naive[&(first + index)];
+        assert_eq!((origin, state), (claim.origin / PAGE_BYTES + index, State::Held));
+        assert_eq!(ledger.state(claim.pages.start() + index * PAGE_BYTES), State::Busy);
+        if index < installed {
+            naive.insert(first + index, (origin, State::Installed));
+        }
+    }
+    ledger.settle(claim, installed.min(claim.pages.pages()));
+}
+
+fn apply(ledger: &mut Ledger, naive: &mut Naive, step: &Step) {
+    let numbers = |ranges: &[PageRange]| -> Vec<u64> {
+        ranges.iter().flat_map(|range| range.chunks(1)).map(|page| page.start() / PAGE_BYTES).collect()
+    };
+    match *step {
+        Step::Claim { page, count, installed } => {
+            let required = naive.get(&page).is_some_and(|(_, state)| *state == State::Held);
+            let claim = ledger.claim_at(page * PAGE_BYTES, count);
+            settle(ledger, naive, claim, installed, required);
+        }
+        Step::Next { cursor, count } => {
+            let required = held(naive) > 0;
+            let claim = ledger.claim_next(cursor * PAGE_BYTES, count);
+            settle(ledger, naive, claim, count, required);
+        }
+        Step::Request { page, window } => {
+            let wanted = numbers(ledger.request(page * PAGE_BYTES, window).as_slice());
+            let mut expected = Vec::new();
+            if let Some((origin, state)) = naive.get(&page).copied() {
+                // Pages of the block that are reached without a gap, here as at the source.
+                let adjacent = |to: &u64| {
+                    let shift = |at: u64| (origin + at).checked_sub(page);
+                    let range = page.min(*to)..=page.max(*to);
+                    range.into_iter().all(|at| naive.get(&at).is_some_and(|entry| Some(entry.0) == shift(at)))
+                };
+                let first = (origin / window * window + page).saturating_sub(origin);
+                let block =
+                    (first..first + window).filter(|at| (origin + at - page) / window == origin / window);
+                let near = block.filter(adjacent).filter(|at| naive[at].1 == State::Remote);
+                expected = near.map(|at| naive[&at].0).collect();
+                assert!(state != State::Remote || wanted.contains(&origin));
+            }
+            // Segments may end where pages are adjacent all the same, so fewer may be asked for.
+            assert!(wanted.iter().all(|origin| expected.contains(origin)), "{wanted:?} of {expected:?}");
+            for entry in naive.values_mut().filter(|entry| wanted.contains(&entry.0)) {
+                entry.1 = State::Requested;
+            }
+        }
+        Step::MarkRequested { page, count } => {
+            ledger.mark_requested(pages(page, count));
+            let named = naive.values_mut().filter(|entry| (page..page + count).contains(&entry.0));
+            named.filter(|entry| entry.1 == State::Remote).for_each(|entry| entry.1 = State::Requested);
+        }
+        Step::Arrive { page, count } => {
+            let arrived = ledger.arrive(pages(page, count));
+            let (mut held, mut unneeded) = (Vec::new(), (page..page + count).collect::<Vec<_>>());
+            for (at, entry) in naive.iter_mut().filter(|(_, entry)| (page..page + count).contains(&entry.0)) {
+                if is_remote(entry.1) {
+                    entry.1 = State::Held;
+                    held.push(*at);
+                }
+                if entry.1 == State::Held {
+                    unneeded.retain(|origin| *origin != entry.0);
+                }
+            }
+            let mut found = numbers(&arrived.held);
+            found.sort_unstable();
+            assert_eq!((found, numbers(arrived.unneeded.ranges())), (held, unneeded));
+        }
+        Step::Drop { page, count } => {
+            assert_eq!(numbers(&ledger.drop_pages(pages(page, count))), release(naive, page, count));
+            naive.range_mut(page..page + count).for_each(|(_, entry)| entry.1 = State::Dropped);
+        }
+        Step::Unmap { page, count } => {
+            assert_eq!(numbers(&ledger.unmap(pages(page, count))), release(naive, page, count));
+            naive.retain(|key, _| !(page..page + count).contains(key));
+        }
+        Step::Remap { page, count, to } => {
+            let moved: Naive = naive.range(page..page + count).map(|(key, entry)| (*key, *entry)).collect();
+            naive.retain(|key, _| !(page..page + count).contains(key));
+            let released = numbers(&ledger.remap(pages(page, count), to * PAGE_BYTES));
+            assert_eq!(released, release(naive, to, count));
+            naive.retain(|key, _| !(to..to + count).contains(key));
+            naive.extend(moved.into_iter().map(|(key, entry)| (key - page + to, entry)));
+        }
+        Step::Fork => *ledger = ledger.fork(),
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_ledger_agrees_with_a_list_of_single_pages(steps in prop::collection::vec(step(), 0..60)) {
+        // The one page that is in both sets is remote.
+        let plan = SpacePlan {
+            held: [pages(2, 20), pages(30, 5), pages(40, 1)].into_iter().collect(),
+            remote: [pages(22, 4), pages(40, 30)].into_iter().collect(),
+        };
+        let list = |set: &PageSet, state| -> Naive {
+            let pages = set.ranges().iter().flat_map(|range| range.chunks(1));
+            pages.map(|page| (page.start() / PAGE_BYTES, (page.start() / PAGE_BYTES, state))).collect()
+        };
+        let mut naive = list(&plan.held, State::Held);
+        naive.extend(list(&plan.remote, State::Remote));
+        let mut ledger = Ledger::new(&plan);
+        for step in &steps {
+            apply(&mut ledger, &mut naive, step);
+            prop_assert_eq!((ledger.held(), ledger.remote()), (held(&naive), remote(&naive)));
+            for page in 0..160 {
+                let expected = naive.get(&page).map_or(State::Absent, |(_, state)| *state);
+                prop_assert_eq!(ledger.state(page * PAGE_BYTES), expected);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_claim_ends_where_lending_must() {
+    let start = LEND_BYTES - 2 * PAGE_BYTES;
+    let held = PageRange::new(start, start + 8 * PAGE_BYTES).unwrap();
+    let ledger = Ledger::new(&SpacePlan { held: [held].into_iter().collect(), ..SpacePlan::default() });
+    assert_eq!(ledger.claim_next(0, 100).unwrap().pages.pages(), 2);
+    assert_eq!(ledger.claim_next(0, 100).unwrap().pages.pages(), 6);
+    assert_eq!(ledger.claim_next(0, 100), None);
+}

@@ -1,0 +1,97 @@
+//! One process of the source, and the address spaces that came of it: its own, and those of children forked since.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use godwit_sys::page_range::PageRange;
+
+use super::space::{Service, Space};
+use super::{PageSource, Requester};
+use crate::{PageSet, Result};
+
+/// What the spaces of one process share.
+pub(super) struct Origin {
+    pub(super) pid: i32,
+    pub(super) source: Arc<dyn PageSource>,
+    requester: Option<Arc<dyn Requester>>,
+    /// Only ever added to.
+    spaces: Mutex<Vec<Weak<Space>>>,
+    alive: AtomicUsize,
+}
+
+impl Origin {
+    pub(super) fn new(
+        pid: i32,
+        source: Arc<dyn PageSource>,
+        requester: Option<Arc<dyn Requester>>,
+    ) -> Arc<Self> {
+        Arc::new(Self { pid, source, requester, spaces: Mutex::default(), alive: AtomicUsize::new(0) })
+    }
+
+    /// Adds a space. A child has to be added while its parent's ledger is held exclusively.
+    pub(super) fn add(&self, space: &Arc<Space>) {
+        self.alive.fetch_add(1, Ordering::AcqRel);
+        self.spaces.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(space));
+    }
+
+    /// A space that was added is gone.
+    pub(super) fn leave(&self) {
+        self.alive.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Whether only one space is left, so that what it does not need nobody needs.
+    pub(super) fn is_last(&self) -> bool {
+        self.alive.load(Ordering::Acquire) <= 1
+    }
+
+    /// Asks for pages, which are `Requested` in one space already, on behalf of all.
+    pub(super) fn request(&self, pages: PageRange) -> Result<()> {
+        self.for_each(|space| {
+            space.mark_requested(pages);
+            Ok(())
+        })?;
+        // A plan with remote pages and nobody to ask is refused at the start.
+        self.requester.as_ref().map_or(Ok(()), |requester| requester.request(self.pid, pages))
+    }
+
+    /// The contents of pages have come.
+    pub(super) fn arrived(&self, pages: PageRange, service: &Service) -> Result<()> {
+        let mut unneeded: PageSet = [pages].into_iter().collect();
+        let arrived = self.for_each(|space| {
+            unneeded = unneeded.intersection(&space.arrived(pages, service)?);
+            Ok(())
+        });
+        if self.is_last() {
+            unneeded.ranges().iter().for_each(|range| self.source.release(self.pid, *range));
+        }
+        arrived
+    }
+
+    /// Calls `visit` for each space, also for children that are forked meanwhile: a child is in the list before its
+    /// parent's ledger, of which it has a copy, can be changed again. Returns the first error after all calls.
+    fn for_each(&self, mut visit: impl FnMut(&Arc<Space>) -> Result<()>) -> Result<()> {
+        let (mut seen, mut answer) = (0, Ok(()));
+        loop {
+            let new: Vec<Weak<Space>> = {
+                let spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
+                spaces[seen..].to_vec()
+            };
+            if new.is_empty() {
+                return answer;
+            }
+            seen += new.len();
+            for space in new.iter().filter_map(Weak::upgrade) {
+                answer = answer.and(visit(&space));
+            }
+        }
+    }
+}
+
+impl Drop for Origin {
+    fn drop(&mut self) {
+        self.source.finish(self.pid);
+        if let Some(requester) = &self.requester {
+            requester.finished(self.pid);
+        }
+    }
+}
