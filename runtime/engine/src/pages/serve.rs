@@ -9,8 +9,9 @@
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::Receiver;
-use std::thread;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::thread::{self, ScopedJoinHandle};
+use std::time::Duration;
 
 use godwit_memory::{PageRange, PageSet};
 use godwit_protocol::wire::Message;
@@ -81,9 +82,10 @@ impl PageStreams {
                 .name("page faults".to_owned())
                 .spawn_scoped(scope, || self.answer(&serving).map_err(|error| self.fail(error)))
                 .map_err(|error| self.fail(PagesError::Thread(error)))?;
-            let pushed = match begin_push.recv() {
-                Ok(()) => self.on_all(|sender, index| serving.push(sender, index, self.bulk_count())),
-                Err(_) => {
+            let pushed = match word(begin_push, &answering) {
+                Some(()) => self.on_all(|sender, index| serving.push(sender, index, self.bulk_count())),
+                None => {
+                    // Not told, and so not wanted; or the fault stream broke, which says more.
                     self.stop();
                     Err(PagesError::Stopped)
                 }
@@ -95,11 +97,12 @@ impl PageStreams {
             self.fault_breaker.stop_receiving();
             let answered = answering.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             match (answered, marked) {
+                (Ok(()), Ok(())) => Ok(()),
                 // Whichever broke the other's link is the cause.
-                (Err(PagesError::Link { .. }), Err(error)) | (Err(error), _) | (Ok(()), Err(error)) => {
+                (Err(PagesError::Link { .. }), Err(error)) if !matches!(error, PagesError::Stopped) => {
                     Err(error)
                 }
-                (Ok(()), Ok(())) => Ok(()),
+                (Err(error), _) | (Ok(()), Err(error)) => Err(error),
             }
         })?;
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -134,6 +137,17 @@ impl PageStreams {
             serving.draw(space, wanted.end());
             let sent = serving.send(&mut lock(&self.fault), space, wanted)?;
             serving.requested_pages.fetch_add(sent, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Waits for the word to push; none if it will not come, or the thread that answers has failed.
+fn word<T>(begin_push: &Receiver<()>, answering: &ScopedJoinHandle<'_, T>) -> Option<()> {
+    loop {
+        match begin_push.recv_timeout(WORD_POLL) {
+            Ok(()) => return Some(()),
+            Err(RecvTimeoutError::Timeout) if !answering.is_finished() => {}
+            Err(_) => return None,
         }
     }
 }
@@ -235,3 +249,6 @@ fn pieces(set: &PageSet, chunk: PageRange) -> Vec<PageRange> {
     }
     pieces
 }
+
+/// How soon a fault stream that breaks before the push is noticed.
+const WORD_POLL: Duration = Duration::from_millis(50);

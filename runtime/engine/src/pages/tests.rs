@@ -159,6 +159,13 @@ fn page(arena: &Arena, index: u64) -> PageRange {
     PageRange::page_at(arena.range().start() + index * PAGE_BYTES)
 }
 
+/// The word to push, given already.
+fn at_once() -> Receiver<()> {
+    let (word, words) = channel();
+    word.send(()).unwrap();
+    words
+}
+
 /// Goal: after every round the target has exactly what the source has. Method: rounds of random pages, written, set
 /// to zero, and taken away, of two spaces, over one and over three streams.
 #[test]
@@ -264,7 +271,7 @@ fn serving_sends_each_page_once() {
                     }
                 });
             }
-            source.serve(&work).unwrap()
+            source.serve(&work, &at_once()).unwrap()
         });
         target.wait_mark(ROUND_LAST);
         target.check(9, &arena, &held);
@@ -363,7 +370,7 @@ fn a_process_that_has_ended_ends_no_round_and_no_other() {
     target.wait_mark(0);
     target.check(2, &arena, &[page(&arena, 0)].into_iter().collect());
     assert!(target.store.pages(1).is_empty());
-    let error = source.serve(&[of(1, ended)]).unwrap_err();
+    let error = source.serve(&[of(1, ended)], &at_once()).unwrap_err();
     assert!(matches!(error, PagesError::Memory(_)), "{error:?}");
     target.wait_error();
 }
@@ -414,11 +421,38 @@ fn a_target_that_stops_ends_round_and_serving() {
         let dirty = [arena.range()].into_iter().collect();
         let work = [SpaceWork { space: 1, pid: own_pid(), dirty, ..SpaceWork::default() }];
         let ended = (0..).find_map(|round| {
-            if serves { source.serve(&work).err() } else { source.send_round(round, &work).err() }
+            if serves { source.serve(&work, &at_once()).err() } else { source.send_round(round, &work).err() }
         });
         assert!(matches!(ended, Some(PagesError::Link { .. })), "{ended:?}");
         assert!(target.heard.try_recv().is_err(), "what was wanted is no error");
     }
+}
+
+/// Goal: before the push only what is asked for travels, and a target that leaves then is noticed. Method: a push whose
+/// time does not come.
+#[test]
+fn requests_are_answered_before_the_push_begins() {
+    let target = Target::new(2, ROOM_BYTES);
+    let source = target.source(2);
+    let arena = Arena::map(CHUNK_BYTES).unwrap();
+    (0..arena.range().pages()).for_each(|index| arena.store(index * 512, 1));
+    let dirty = [arena.range()].into_iter().collect();
+    let work = [SpaceWork { space: 1, pid: own_pid(), dirty, ..SpaceWork::default() }];
+    let (_push, begin_push) = channel();
+    thread::scope(|scope| {
+        let (source, work) = (&source, &work);
+        let serving = scope.spawn(move || source.serve(work, &begin_push).unwrap_err());
+        while target.receiver.request(1, page(&arena, 5)).is_err() {
+            thread::yield_now();
+        }
+        while target.ears.pages.lock().unwrap().is_empty() {
+            thread::yield_now();
+        }
+        target.check(1, &arena, &[page(&arena, 5)].into_iter().collect());
+        target.receiver.stop();
+        let error = serving.join().unwrap();
+        assert!(matches!(error, PagesError::Link { stream: StreamId::Fault, .. }), "{error:?}");
+    });
 }
 
 /// Prints how fast pages travel over the loopback: `cargo test -p godwit-engine --lib -- --ignored goodput --nocapture`.
