@@ -201,7 +201,7 @@ impl Events {
             if let Err(errno) = self.epoll.delete(space.faults.as_fd()) {
                 log::debug!("userfaultfd of process {}: {errno}", space.pid());
             }
-            drop(space);
+            close(space);
             if let Some(keeper) = &self.shared.keeper {
                 keeper.release(key);
             }
@@ -215,6 +215,20 @@ impl Events {
             self.shared.changed.notify_all();
         }
         is_drained && self.criu.is_none()
+    }
+}
+
+/// Lets go of a space that nobody can find any more, so that its userfaultfd is closed when this returns.
+///
+/// A fill thread may have its hands on it for a moment; whoever touched a page never filled would find a descriptor
+/// without a reader meanwhile.
+fn close(mut space: Arc<Space>) {
+    loop {
+        match Arc::try_unwrap(space) {
+            Ok(space) => return drop(space),
+            Err(shared) => space = shared,
+        }
+        std::thread::sleep(Duration::from_micros(50));
     }
 }
 
