@@ -275,6 +275,12 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
                 self.say(&Message::MemoryComplete(memory));
                 (self.report)(&worker::Event::Filled);
             }
+            Action::DropLink => {
+                self.send.breaker().break_link();
+                if let Some(memory) = &self.memory {
+                    memory.stop();
+                }
+            }
             // There is no way for the source to come back yet: see the source's `rejoin`.
             Action::SendLacking => {}
             Action::Destroy => {

@@ -45,6 +45,14 @@ pub trait DirtyTracker {
     fn collect(&mut self, processes: &[i32]) -> Result<Collection>;
 }
 
+/// All that processes have, for whom nothing follows them; they should stand still.
+///
+/// # Errors
+/// [`crate::MemoryError`]; a process that has ended is none.
+pub fn everything(processes: &[i32]) -> Result<Collection> {
+    wp_async::everything(processes)
+}
+
 /// What came of arming.
 #[derive(Debug, Default)]
 pub struct Armed {

@@ -297,7 +297,7 @@ pub enum Action {
         /// How long to wait before.
         pause: Duration,
     },
-    /// Give the target the pages it lacks, those it asks for first.
+    /// Give the target all pages it lacks. Those that it asks for it gets since `Dump`: CRIU's restore misses some, too.
     Serve,
     /// Ask the target's agent, after a pause, and unless it says `Here` open link and streams again and learn what
     /// the target lacks. Answered by `Rejoined`, `Answered(Here)` or `AskFailed`.

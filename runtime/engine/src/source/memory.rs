@@ -1,7 +1,7 @@
 //! The thread that follows the tasks' memory and sends it.
 //!
 //! ```text
-//! orders: open ─► (scan ─► round)… ─► cut ─► serve ─► (ends with its owner)
+//! orders: open ─► (scan ─► round)… ─► cut ─► serve or finish ─► (ends with its owner)
 //!                                       │
 //!    frozen: final scan, hide all of it from CRIU ──► the dump may begin
 //!                            rest of the pages, or none ──► plan on the main link ──► the state may end
@@ -49,9 +49,17 @@ pub(super) struct Route {
 enum Order {
     Open,
     Scan,
-    SendRound { round: u32 },
-    Cut { leave_pages: bool, link: BulkLink, hidden: Sender<()>, planned: Sender<()> },
-    Serve { leave_pages: bool },
+    SendRound {
+        round: u32,
+    },
+    Cut {
+        leave_pages: bool,
+        link: BulkLink,
+        hidden: Sender<()>,
+        planned: Sender<()>,
+        begin_push: Receiver<()>,
+    },
+    Finish,
 }
 
 /// The thread, from its owner's side. Dropped, it ends, and the tasks are not followed any more.
@@ -61,6 +69,8 @@ pub(super) struct Memory {
     /// What CRIU is not to see; filled in by the cut.
     pub(super) hidden: Hidden,
     streams: Option<StreamsBreaker>,
+    /// The word that pages which were left here may be pushed.
+    push: Option<Sender<()>>,
 }
 
 /// What the dump and the stream of images wait for in the freeze.
@@ -102,7 +112,7 @@ impl Memory {
         };
         let body = move || follower.run(&received, tell);
         thread::Builder::new().name("memory".to_owned()).spawn(body)?;
-        Ok(Self { orders, hidden, streams: None })
+        Ok(Self { orders, hidden, streams: None, push: None })
     }
 
     /// Takes what stops the streams, once they are open.
@@ -122,15 +132,22 @@ impl Memory {
         self.order(Order::SendRound { round });
     }
 
-    /// Finds, hides and sends what is left of the frozen tasks' memory; the plan goes over `link`.
-    pub(super) fn cut(&self, leave_pages: bool, link: BulkLink) -> Cut {
-        let ((hide, hidden), (plan, planned)) = (channel(), channel());
-        self.order(Order::Cut { leave_pages, link, hidden: hide, planned: plan });
+    /// Finds, hides and sends what is left of the frozen tasks' memory; the plan goes over `link`. Of pages that are left
+    /// here, those that are asked for are sent from then on: CRIU's restore misses some as well.
+    pub(super) fn cut(&mut self, leave_pages: bool, link: BulkLink) -> Cut {
+        let ((hide, hidden), (plan, planned), (push, begin_push)) = (channel(), channel(), channel());
+        self.push = leave_pages.then_some(push);
+        self.order(Order::Cut { leave_pages, link, hidden: hide, planned: plan, begin_push });
         Cut { hidden, planned }
     }
 
-    pub(super) fn serve(&self, leave_pages: bool) {
-        self.order(Order::Serve { leave_pages });
+    /// Sends all pages that were left here.
+    pub(super) fn serve(&self) {
+        match &self.push {
+            // A thread that has ended has said why.
+            Some(push) => push.send(()).unwrap_or_default(),
+            None => self.order(Order::Finish),
+        }
     }
 
     fn order(&self, order: Order) {
@@ -171,10 +188,11 @@ impl Follower {
                 Order::SendRound { round } => {
                     self.send_round(round).map(|sent| tell(Told::Event(Event::RoundSent(sent))))
                 }
-                Order::Cut { leave_pages, link, hidden, planned } => {
-                    self.cut(leave_pages, &link, &hidden).and_then(|()| Ok(planned.send(())?))
+                Order::Cut { leave_pages, link, hidden, planned, begin_push } => {
+                    let cut = self.cut(leave_pages, &link, &hidden).and_then(|()| Ok(planned.send(())?));
+                    cut.and_then(|()| if leave_pages { self.serve(&begin_push) } else { Ok(()) })
                 }
-                Order::Serve { leave_pages } => self.serve(leave_pages),
+                Order::Finish => self.streams().and_then(|streams| Ok(streams.finish()?)),
             };
             if let Err(cause) = done {
                 let stopped = matches!(cause.downcast_ref(), Some(PagesError::Stopped));
@@ -298,15 +316,10 @@ impl Follower {
         Ok(())
     }
 
-    fn serve(&self, leave_pages: bool) -> Result<(), Cause> {
-        let streams = self.streams()?;
-        if leave_pages {
-            let served = streams.serve(&self.remote)?;
-            self.count(served.pages - served.zero_pages, served.zero_pages);
-            log::info!("served {} pages, {} of them on request", served.pages, served.requested_pages);
-        } else {
-            streams.finish()?;
-        }
+    fn serve(&self, begin_push: &Receiver<()>) -> Result<(), Cause> {
+        let served = self.streams()?.serve(&self.remote, begin_push)?;
+        self.count(served.pages - served.zero_pages, served.zero_pages);
+        log::info!("served {} pages, {} of them on request", served.pages, served.requested_pages);
         Ok(())
     }
 

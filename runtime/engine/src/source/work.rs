@@ -185,9 +185,10 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
     pub(super) fn start_dump(&mut self, leave_pages: bool) -> Result<(), Cause> {
         let prepared = self.prepared.take().zip(self.images.as_ref());
         let ((copier, dump), images) = prepared.ok_or("the dump was not prepared")?;
-        let (hidden, planned) = match &self.memory {
+        let bulk = self.bulk()?;
+        let (hidden, planned) = match &mut self.memory {
             Some(memory) => {
-                let Cut { hidden, planned } = memory.cut(leave_pages, self.bulk()?);
+                let Cut { hidden, planned } = memory.cut(leave_pages, bulk);
                 (Some(hidden), Some(planned))
             }
             None => (None, None),

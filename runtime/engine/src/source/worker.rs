@@ -239,10 +239,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         match action {
             Action::Scan => self.with_memory(Memory::scan),
             Action::SendRound { round } => self.with_memory(|memory| memory.send_round(round)),
-            Action::Serve => {
-                let leave_pages = source.leaves_pages();
-                self.with_memory(|memory| memory.serve(leave_pages));
-            }
+            Action::Serve => self.with_memory(Memory::serve),
             Action::Rejoin { pause } => self.rejoin(pause),
             Action::Connect => self.connect(),
             Action::SendBlobs => self.send_blobs(),

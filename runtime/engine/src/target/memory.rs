@@ -81,7 +81,12 @@ impl Memory {
         let source = Arc::clone(&self.gate.store);
         let server =
             FaultServer::start(work_path, &plan, source, Some(requester), None, FaultConfig::default())?;
-        self.gate.server.set(Arc::new(server)).map_err(|_| "the memory is served already")?;
+        let server = Arc::new(server);
+        let mut state = self.gate.lock();
+        self.gate.server.set(Arc::clone(&server)).map_err(|_| "the memory is served already")?;
+        for (space, pages) in state.early.drain(..) {
+            server.arrived(space, pages);
+        }
         Ok(())
     }
 
@@ -127,6 +132,8 @@ struct State {
     marked: Option<u32>,
     images_complete: bool,
     is_complete: bool,
+    /// Pages that came after the plan was kept, and before there was a server.
+    early: Vec<(i32, PageRange)>,
 }
 
 /// What the source promised of one space.
@@ -258,12 +265,20 @@ impl Arrivals for Gate {
     fn on_pages(&self, space: i32, pages: PageRange) {
         if let Some(server) = self.server.get() {
             self.arrived_pages.fetch_add(pages.pages(), Ordering::Relaxed);
-            server.arrived(space, pages);
+            return server.arrived(space, pages);
+        }
+        let mut state = self.lock();
+        if state.is_complete {
+            self.arrived_pages.fetch_add(pages.pages(), Ordering::Relaxed);
+            match self.server.get() {
+                Some(server) => server.arrived(space, pages),
+                None => state.early.push((space, pages)),
+            }
         }
     }
 
     fn on_zero(&self, space: i32, pages: PageRange) {
-        if self.server.get().is_none() {
+        if !self.lock().is_complete {
             return;
         }
         // A task may wait for it, and gets what the source has: zeros.

@@ -156,6 +156,22 @@ impl DirtyTracker for WpAsyncTracker {
     }
 }
 
+/// See [`super::everything`].
+pub(super) fn everything(processes: &[i32]) -> Result<Collection> {
+    let mut collection = Collection::default();
+    let mut buffer = vec![Region::default(); REGIONS];
+    let begin = Instant::now();
+    for pid in processes {
+        match scan_space(*pid, None, &mut buffer) {
+            Ok(found) => collection.deltas.push(found.into_delta(*pid, &mut PageSet::new())),
+            Err(MemoryError::Sys(SysError::NoProcess { .. })) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    collection.scan = begin.elapsed();
+    Ok(collection)
+}
+
 fn scan_space(pid: i32, faults: Option<&Userfaultfd>, buffer: &mut [Region]) -> Result<Found> {
     let ranges = maps::private_anonymous(pid)?;
     let pagemap = Pagemap::open(pid)?;

@@ -139,11 +139,15 @@ impl Course {
     }
 }
 
-/// Bytes a second that reach the target, by the round that sent most: a short one measures latency.
+/// Bytes a second that reach the target, by the latest round that sent enough to tell: a short one measures latency,
+/// and the first is slowed by the page faults that following costs. Without such a round, the largest.
 fn bandwidth(rounds: &[Round]) -> f64 {
-    let largest = rounds.iter().rev().max_by_key(|round| round.bytes);
-    largest.map_or(0.0, |round| round.bytes_per_s)
+    let telling = rounds.iter().rev().find(|round| round.bytes >= TELLING_BYTES);
+    let largest = rounds.iter().max_by_key(|round| round.bytes);
+    telling.or(largest).map_or(0.0, |round| round.bytes_per_s)
 }
+
+const TELLING_BYTES: u64 = 8 << 20;
 
 fn per_s(count: u64, ms: f64) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "a rate")]
