@@ -5,6 +5,10 @@
 //! ```
 //! The worker is a child, in a process group of its own, but does not die with the shim: once COMMIT is sent
 //! somebody must see it through. Its standard output and error go to `migrate.log` in the bundle.
+//!
+//! A worker has a CRIU, which outlives it for as long as it takes to let go of the container. It is in a process
+//! group of its own and wipes its environment, so what tells that it has gone is a pipe ([`Lineage`]) that the
+//! worker and all its descendants inherit without knowing: it ends when the last of them has.
 
 use std::{
     fs::{self, File},
@@ -57,11 +61,10 @@ pub(crate) struct Order<'a> {
 /// A running source worker.
 #[derive(Debug)]
 pub(crate) struct Worker {
-    /// Its pid, which is its process group's.
-    pub(crate) pid: i32,
     pub(crate) ended: oneshot::Receiver<Exit>,
     pub(crate) events: Events,
     pub(crate) commands: Commands,
+    pub(crate) lineage: Lineage,
 }
 
 /// Where a worker is told what to do.
@@ -78,19 +81,39 @@ impl Worker {
         let new_pipe = || io::pipe().map_err(ShimError::io("make a pipe"));
         let (events, events_writer) = new_pipe()?;
         let (commands_reader, commands) = new_pipe()?;
+        let (lineage, lineage_writer) = new_pipe()?;
         let output = output_file(&target.bundle)?;
         let mut command = target.command(LOG);
         command.env(MARK, bundle::identity(&target.bundle)?).process_group(0);
         let number = command.inherit_fd(events_writer.into());
+        command.inherit_fd(lineage_writer.into());
         arguments(&mut command, order, number);
         let duplicate = output.try_clone().map_err(ShimError::io("duplicate a descriptor"))?;
         command.stdin(Stdio::from(OwnedFd::from(commands_reader))).stdout(output).stderr(duplicate);
         let binary = target.binary.display();
-        let (pid, ended) = reaper.spawn(&mut command).map_err(ShimError::io(format!("run {binary}")))?;
-        // With it goes the shim's own copy of the events' writing end.
+        let (_, ended) = reaper.spawn(&mut command).map_err(ShimError::io(format!("run {binary}")))?;
+        // With it go the shim's own copies of the pipes' writing ends.
         drop(command);
         let commands = pipe::Sender::from_owned_fd(commands.into()).map_err(ShimError::io("use a pipe"))?;
-        Ok(Self { pid, ended, events: Events::new(events.into())?, commands: Commands(commands) })
+        let (events, lineage) = (Events::new(events.into())?, Lineage::new(lineage.into())?);
+        Ok(Self { ended, events, commands: Commands(commands), lineage })
+    }
+}
+
+/// Tells when a worker and everything it has started have ended.
+#[derive(Debug)]
+pub(crate) struct Lineage(pipe::Receiver);
+
+impl Lineage {
+    fn new(reader: OwnedFd) -> Result<Self> {
+        pipe::Receiver::from_owned_fd(reader).map(Self).map_err(ShimError::io("use a pipe"))
+    }
+
+    /// Waits until all have ended; may be asked again after that, and given up at any time.
+    pub(crate) async fn gone(&mut self) {
+        let mut nothing = [0; 64];
+        // Nobody knows of the pipe, so nobody writes to it.
+        while self.0.read(&mut nothing).await.is_ok_and(|length| length > 0) {}
     }
 }
 

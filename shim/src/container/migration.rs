@@ -17,8 +17,6 @@ use godwit_protocol::{
     Failure, Fate, MigrationId, MigrationRequest, Phase as Stage, Report, Side,
     worker::{Command, Ended, Event, Snapshot},
 };
-use godwit_sys::freezer::Freezer;
-use nix::{sys::signal::killpg, unistd::Pid};
 use tokio::{
     sync::{Notify, mpsc},
     time::{sleep, timeout},
@@ -30,18 +28,13 @@ use super::{
 };
 use crate::{
     bundle,
-    cgroup::Cgroup,
     error::{Result, ShimError},
     runtime::Target,
-    verb::Verb,
     worker::{Events, Order, Worker},
 };
 
 /// How long a client has to fetch its report.
 const RELEASE_LIMIT: Duration = Duration::from_secs(10);
-/// How long CRIU may take to let go of the container once its worker has died.
-const LET_GO_LIMIT: Duration = Duration::from_secs(5);
-const POLL: Duration = Duration::from_millis(20);
 const ASK_AGAIN_MIN: Duration = Duration::from_secs(1);
 const ASK_AGAIN_MAX: Duration = Duration::from_secs(30);
 
@@ -126,17 +119,34 @@ impl Container {
                     tokio::spawn(Arc::clone(self).see_off(worker));
                 }
             }
-            Outcome::Failed(failure) if failure.fate == Fate::Unknown => {
-                self.note(|snapshot| snapshot.ended = Some(Ended::Badly { failure: failure.clone() }));
-                answer(reply, Err(failure.into()));
-                tokio::spawn(Arc::clone(self).ask_until_known(request));
-            }
             Outcome::Failed(failure) => {
-                bundle::forget_committing(&self.bundle);
-                self.conclude(Ended::Badly { failure: failure.clone() });
-                answer(reply, Err(failure.into()));
+                let failure = self.make_sure_it_runs(failure).await;
+                self.give_up(failure, request, worker, reply);
             }
             Outcome::Died { .. } => unreachable!("`attempt` makes a failure of it"),
+        }
+    }
+
+    /// Tells the client what went wrong, and goes on finding out or mending where that is left to do.
+    fn give_up(
+        self: &Arc<Self>,
+        failure: Failure,
+        request: MigrationRequest,
+        worker: Option<Worker>,
+        reply: Reply<()>,
+    ) {
+        let ended = Ended::Badly { failure: failure.clone() };
+        if failure.fate != Fate::Unknown {
+            bundle::forget_committing(&self.bundle);
+            self.conclude(ended);
+            return answer(reply, Err(failure.into()));
+        }
+        self.note(|snapshot| snapshot.ended = Some(ended));
+        answer(reply, Err(failure.clone().into()));
+        if bundle::is_committing(&self.bundle) {
+            tokio::spawn(Arc::clone(self).ask_until_known(request));
+        } else {
+            tokio::spawn(Arc::clone(self).mend(failure, worker.map(|worker| worker.lineage)));
         }
     }
 
@@ -203,13 +213,18 @@ impl Container {
             "the migration worker ended with status {status}; its log is {}",
             self.bundle.join("migrate.log").display()
         );
+        let let_go = self.wait_until_let_go(&mut worker.lineage).await;
         if bundle::is_committing(&self.bundle) {
             return self.ask_target(request, cause).await;
         }
-        self.wait_for_group(worker.pid).await;
-        self.thaw_after_death().await;
-        let fate = if self.lock().init_ended { Fate::Lost } else { Fate::RunningOnSource };
-        (Outcome::Failed(self.failure(fate, cause)), None)
+        let failure = match let_go {
+            Ok(()) => {
+                self.resume_after_death().await;
+                self.failure(self.fate_on_source(), cause)
+            }
+            Err(why) => self.failure(Fate::Unknown, format!("{cause}; {why}")),
+        };
+        (Outcome::Failed(failure), Some(worker))
     }
 
     fn start_worker(&self, request: &MigrationRequest, resolve: bool) -> Result<Worker> {
@@ -278,26 +293,36 @@ impl Container {
     /// Asks the target until it answers; the container stays frozen meanwhile.
     async fn ask_until_known(self: Arc<Self>, request: MigrationRequest) {
         let mut pause = ASK_AGAIN_MIN;
-        let (ended, worker) = loop {
+        let (outcome, worker) = loop {
             sleep(pause).await;
             pause = (pause * 2).min(ASK_AGAIN_MAX);
             let cause = "the target does not say what it decided".to_owned();
             match self.ask_target(&request, cause).await {
-                (Outcome::Committed(report), worker) => break (Ended::Well { report }, worker),
-                (Outcome::Failed(failure), _) if failure.fate != Fate::Unknown => {
-                    break (Ended::Badly { failure }, None);
-                }
-                (Outcome::Failed(_) | Outcome::Died { .. }, _) => {}
+                (Outcome::Failed(failure), _) if failure.fate == Fate::Unknown => {}
+                known => break known,
             }
         };
-        if matches!(ended, Ended::Badly { .. }) {
-            bundle::forget_committing(&self.bundle);
-        }
-        self.conclude(ended);
-        if let Some(worker) = worker {
-            // The client was answered long ago.
-            self.release_migration();
-            self.see_off(worker).await;
+        match outcome {
+            Outcome::Committed(report) => {
+                self.conclude(Ended::Well { report });
+                if let Some(worker) = worker {
+                    // The client was answered long ago.
+                    self.release_migration();
+                    self.see_off(worker).await;
+                }
+            }
+            Outcome::Failed(failure) => {
+                bundle::forget_committing(&self.bundle);
+                let failure = self.make_sure_it_runs(failure).await;
+                let ended = Ended::Badly { failure: failure.clone() };
+                if failure.fate == Fate::Unknown {
+                    self.note(|snapshot| snapshot.ended = Some(ended));
+                    self.mend(failure, None).await;
+                } else {
+                    self.conclude(ended);
+                }
+            }
+            Outcome::Died { .. } => unreachable!("`ask_target` makes a failure of it"),
         }
     }
 
@@ -311,36 +336,6 @@ impl Container {
         // Its pipes stay open until it has ended, so that nothing it still writes is an error to it.
         while worker.events.next().await.is_some() {}
         worker.ended.await.ok();
-    }
-
-    /// Gives CRIU, which sees its worker's end as a closed socket, time to let go of the container's tasks.
-    async fn wait_for_group(&self, group: i32) {
-        let gone = async {
-            while killpg(Pid::from_raw(group), None).is_ok() {
-                sleep(POLL).await;
-            }
-        };
-        if timeout(LET_GO_LIMIT, gone).await.is_err()
-            && let Err(error) = godwit_sys::process::kill_group(group)
-        {
-            log::error!("{}: failed to end what the worker left: {error}", self.id);
-        }
-    }
-
-    /// Thaws whatever way the dead worker had frozen the container.
-    async fn thaw_after_death(&self) {
-        if let Err(error) = self.run(Verb::Resume).await {
-            log::debug!("{}: nothing for the runtime to resume: {error}", self.id);
-        }
-        let directory = match &self.lock().cgroup {
-            Some(Cgroup::V1(found)) => found.get("freezer").cloned(),
-            Some(Cgroup::V2(directory)) => Some(directory.clone()),
-            None => None,
-        };
-        let Some(directory) = directory else { return };
-        if let Err(error) = Freezer::open(&directory).and_then(|freezer| freezer.thaw()) {
-            log::error!("{}: failed to thaw: {error}", self.id);
-        }
     }
 
     fn failure(&self, fate: Fate, cause: String) -> Failure {
@@ -357,7 +352,7 @@ impl Container {
         }
     }
 
-    fn conclude(&self, ended: Ended) {
+    pub(super) fn conclude(&self, ended: Ended) {
         self.note(|snapshot| snapshot.ended = Some(ended));
         if let Some(migration) = &mut self.lock().migration {
             migration.running = false;

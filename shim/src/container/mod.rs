@@ -30,6 +30,7 @@ mod questions;
 mod restore;
 #[cfg(test)]
 mod tests;
+mod thaw;
 
 use std::{
     collections::HashMap,
@@ -205,6 +206,12 @@ impl Container {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Refuses `verb` at once while a migration runs or its outcome is not known; the actor, which refuses it as well,
+    /// answers only when it has an outcome.
+    pub(crate) fn refuse_while_migrating(&self, verb: &'static str) -> Result<()> {
+        self.not_migrating(&self.lock(), verb)
     }
 
     /// Hands a request to the actor.

@@ -374,12 +374,71 @@ async fn after_committing_only_the_target_decides() {
     assert!(error.to_string().contains("it is not known which side"), "{error}");
     // Nobody thaws, and nothing else is done to it, until the answer is there.
     assert_eq!(bench.fake.verbs(), ["create", "start"]);
-    let refused = bench.container.call(Request::Pause).await.unwrap_err();
-    assert!(matches!(refused, ShimError::Migrating { .. }), "{refused}");
+    for request in [Request::Pause, Request::Resume] {
+        let refused = bench.container.call(request).await.unwrap_err();
+        assert!(matches!(refused, ShimError::Migrating { .. }), "{refused}");
+        assert_eq!(refused.code(), ttrpc::Code::FAILED_PRECONDITION);
+    }
     while bench.snapshot()["ended"]["end"] != "well" {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert_eq!(bench.fake.verbs(), ["create", "start"]);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_resume_while_it_commits_is_refused_at_once() {
+    let bench = Arc::new(Bench::started(Arc::default()).await);
+    let failed = r#"{"event":"failed","failure":{"side":"source","phase":"committing","fate":"running_on_source","cause":"refused"}}"#;
+    let go_on = bench.bundle.path().join("go-on");
+    let rest =
+        format!("until [ -e {} ]; do sleep 0.01; done; echo '{failed}' >/proc/self/fd/$fd", go_on.display());
+    bench.worker(&[r#"{"event":"committing"}"#], &rest);
+    let asking = Arc::clone(&bench);
+    let migration = tokio::spawn(async move { asking.checkpoint("godwit://b?migration=m").await });
+    while bench.container.migration_status().is_err() || bench.snapshot()["phase"] != "committing" {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let refused = bench.container.refuse_while_migrating("resume").unwrap_err();
+    assert_eq!(refused.code(), ttrpc::Code::FAILED_PRECONDITION);
+    std::fs::write(&go_on, []).unwrap();
+    migration.await.unwrap().unwrap_err();
+    bench.container.refuse_while_migrating("resume").unwrap();
+    assert_eq!(bench.fake.verbs(), ["create", "start"]);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn what_a_dead_worker_has_started_is_waited_for_before_the_thaw() {
+    let bench = Bench::started(Arc::default()).await;
+    let let_go = bench.bundle.path().join("let-go");
+    // As CRIU does, it holds none of the worker's descriptors but the one that nobody knows of.
+    let rest = format!("bash -c \"exec $fd>&-; sleep 0.2; touch {}\" & exit 3", let_go.display());
+    bench.worker(&[PROGRESS], &rest);
+    bench.checkpoint("godwit://b?migration=m").await.unwrap_err();
+    assert!(let_go.exists());
+    assert_eq!(bench.fake.verbs(), ["create", "start", "resume"]);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_container_that_stays_frozen_is_not_said_to_run() {
+    let bench = Bench::started(Arc::default()).await;
+    let group = tempfile::tempdir().unwrap();
+    let write = |file: &str, text: &str| std::fs::write(group.path().join(file), text).unwrap();
+    write("cgroup.freeze", "1\n");
+    write("cgroup.events", "populated 1\nfrozen 1\n");
+    bench.container.lock().cgroup = Some(Cgroup::V2(group.path().to_owned()));
+    bench.worker(&[PROGRESS], "exit 3");
+    let error = bench.checkpoint("godwit://b?migration=m").await.unwrap_err().to_string();
+    let by_hand = format!("echo 0 >{}", group.path().join("cgroup.freeze").display());
+    assert!(error.contains("still frozen") && error.contains(&by_hand), "{error}");
+    assert_eq!(bench.snapshot()["ended"]["failure"]["fate"], "unknown");
+    assert_eq!(std::fs::read_to_string(group.path().join("cgroup.freeze")).unwrap().trim(), "0");
+    assert!(matches!(bench.container.call(Request::Resume).await, Err(ShimError::Migrating { .. })));
+    // What held it lets go.
+    write("cgroup.events", "populated 1\nfrozen 0\n");
+    while bench.snapshot()["ended"]["failure"]["fate"] != "running_on_source" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    bench.container.call(Request::Pause).await.unwrap();
 }
 
 #[tokio::test(flavor = "current_thread")]
