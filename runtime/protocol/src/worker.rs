@@ -3,6 +3,7 @@
 //! ```text
 //! worker ──progress…──► committing ──► committed{report} ──(waits for `release`)──► cleans up the source
 //!        └────────────────────────────► failed{failure}
+//! target's: progress…─► restored{pid} ─progress…─► filled
 //! ```
 //! `committing` is written before COMMIT is sent: a shim whose worker dies without that line may thaw the
 //! container, one that has read it must ask the target first.
@@ -40,6 +41,8 @@ pub enum Event {
         /// Process id of the container's init on the target.
         pid: i32,
     },
+    /// All of the container's memory is on the target: what becomes of its worker from here on does not matter to it.
+    Filled,
 }
 
 /// A line from the shim to the source's worker.
@@ -105,5 +108,6 @@ mod tests {
             serde_json::to_string(&Event::Restored { pid: 7 }).unwrap(),
             r#"{"event":"restored","pid":7}"#
         );
+        assert_eq!(serde_json::to_string(&Event::Filled).unwrap(), r#"{"event":"filled"}"#);
     }
 }

@@ -24,6 +24,7 @@ mod actor;
 mod checkpoint;
 mod create;
 mod exits;
+mod incoming;
 mod lifecycle;
 mod migration;
 mod questions;
@@ -39,7 +40,10 @@ use std::{
     time::SystemTime,
 };
 
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    task::JoinHandle,
+};
 
 use crate::{
     bundle::Record,
@@ -87,6 +91,8 @@ pub(crate) struct Container {
     exec_ended: Notify,
     /// Process group of a restore or incoming migration while it runs, else 0.
     restoring: Arc<AtomicI32>,
+    /// Whether all of its memory is here; false while a migration fills it.
+    whole: watch::Sender<bool>,
     state: Mutex<State>,
 }
 
@@ -124,6 +130,8 @@ struct State {
     migration: Option<MigrationState>,
     /// A migration has lifted the client's pause, so its Resume will find nothing to do.
     resume_owed: bool,
+    /// Stays with the worker that fills the container's memory.
+    companion: Option<JoinHandle<()>>,
 }
 
 /// Where a container stands.
@@ -234,6 +242,7 @@ impl State {
             oom: None,
             migration: None,
             resume_owed: false,
+            companion: None,
         }
     }
 

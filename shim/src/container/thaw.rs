@@ -15,15 +15,19 @@ use std::{
     time::Duration,
 };
 
-use godwit_protocol::{Failure, Fate, worker::Ended};
+use godwit_protocol::Fate;
 use godwit_sys::{
     SysError,
     freezer::{Freezer, FreezerState},
 };
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Container, Phase};
-use crate::{cgroup::Cgroup, verb::Verb, worker::Lineage};
+use super::{Container, Phase, migration::badly};
+use crate::{
+    cgroup::Cgroup,
+    verb::Verb,
+    worker::{Failed, Lineage},
+};
 
 /// How long the client is kept waiting for CRIU to let go of the container once its worker has died.
 const LET_GO_LIMIT: Duration = Duration::from_secs(30);
@@ -52,19 +56,17 @@ impl Container {
 
     /// Returns `failure`, having made sure that the container is not frozen where it says that it runs here; else
     /// with what is in the way.
-    pub(super) async fn make_sure_it_runs(&self, failure: Failure) -> Failure {
+    pub(super) async fn make_sure_it_runs(&self, mut failure: Failed) -> Failed {
         // A dry run leaves a paused container alone, and so does its failure.
         let meant_to_run = !matches!(self.lock().phase, Phase::Paused | Phase::Pausing);
-        if failure.fate != Fate::RunningOnSource || !meant_to_run {
+        if failure.known.fate != Fate::RunningOnSource || !meant_to_run {
             return failure;
         }
-        match self.thaw_for_sure().await {
-            Ok(()) => failure,
-            Err(why) => {
-                let cause = format!("{}; {why}", failure.cause);
-                Failure { fate: Fate::Unknown, cause, ..failure }
-            }
+        if let Err(why) = self.thaw_for_sure().await {
+            failure.known.fate = Fate::Unknown;
+            failure.known.cause = format!("{}; {why}", failure.known.cause);
         }
+        failure
     }
 
     /// Thaws whatever way a dead worker had frozen the container.
@@ -75,7 +77,7 @@ impl Container {
     }
 
     /// Goes on trying after `failure`, which left the container frozen, until it runs or has ended.
-    pub(super) async fn mend(self: Arc<Self>, failure: Failure, lineage: Option<Lineage>) {
+    pub(super) async fn mend(self: Arc<Self>, mut failure: Failed, lineage: Option<Lineage>) {
         if let Some(mut lineage) = lineage {
             lineage.gone().await;
             self.resume_after_death().await;
@@ -84,7 +86,8 @@ impl Container {
             log::error!("{}: {why}", self.id);
             sleep(TRY_AGAIN).await;
         }
-        self.conclude(Ended::Badly { failure: Failure { fate: self.fate_on_source(), ..failure } });
+        failure.known.fate = self.fate_on_source();
+        self.conclude(badly(&failure));
     }
 
     /// Tells what became of a container that never left.
