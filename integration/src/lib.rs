@@ -14,6 +14,8 @@
 //! died can be removed by name alone; a process is only ever ended because it is in a node's cgroup or
 //! was recorded as a node's daemon. Everything here needs root.
 
+#![forbid(unsafe_code)]
+
 pub mod bed;
 pub mod cgroup;
 pub mod containerd;

@@ -64,6 +64,16 @@ pub(crate) enum ShimError {
         /// The container.
         id: String,
     },
+    /// The container came from another host, and what runs here lacks memory yet.
+    #[error(
+        "cannot {verb} container {id}: its memory is still arriving from where it came from; try again later"
+    )]
+    Incomplete {
+        /// What was asked for.
+        verb: &'static str,
+        /// The container.
+        id: String,
+    },
     /// No migration was ever asked for.
     #[error("container {id} was never asked to migrate")]
     NeverMigrated {
@@ -184,6 +194,7 @@ impl ShimError {
             Self::NotCreated
             | Self::InitEnded { .. }
             | Self::Migrating { .. }
+            | Self::Incomplete { .. }
             | Self::NotMigrating { .. } => Code::FAILED_PRECONDITION,
             Self::RefusedOption { .. }
             | Self::UnknownOptions { .. }

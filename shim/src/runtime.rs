@@ -5,12 +5,13 @@
 //! ```
 //! The runtime forks in ways that no process with threads survives, so it is never a library here. A verb dies
 //! with the shim, is the leader of a process group of its own and carries the bundle in its environment
-//! ([`MARK`]): that is how `delete` finds what a killed shim left behind, down to a CRIU that a verb started.
+//! ([`MARK`]): that is how `delete` finds what a killed shim left behind. (A CRIU that a verb started wipes its
+//! environment; it ends by itself when the verb has.)
 
 use std::{
     fs::{self, File},
     io::{self, Read, Seek, SeekFrom},
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
@@ -151,11 +152,7 @@ impl Program {
     ) -> Result<(i32, tokio::sync::oneshot::Receiver<crate::reaper::Exit>)> {
         let mut command = self.target.command(LOG_NAME);
         command.env(MARK, bundle::identity(&self.target.bundle)?);
-        let events = match &verb {
-            Verb::MigrateTarget(target) => Some(target.events.as_raw_fd()),
-            _ => None,
-        };
-        command.args(verb.arguments(&self.target.id, events));
+        command.args(verb.arguments(&self.target.id));
         command.process_group(0).signal_on_parent_death(Signal::SIGKILL);
         command.stdin(Stdio::null());
         match (stdio, output) {
@@ -169,29 +166,23 @@ impl Program {
             }
             (VerbStdio::Captured, None) => {}
         }
-        match verb {
-            Verb::Update { resources } => {
-                let mut input = memory_file()?;
-                io::Write::write_all(&mut input, &resources)
-                    .and_then(|()| input.rewind())
-                    .map_err(ShimError::io("write the resources"))?;
-                command.stdin(input);
-            }
-            Verb::MigrateTarget(target) => {
-                command.inherit_fd(target.events);
-            }
-            _ => {}
+        if let Verb::Update { resources } = verb {
+            let mut input = memory_file()?;
+            io::Write::write_all(&mut input, &resources)
+                .and_then(|()| input.rewind())
+                .map_err(ShimError::io("write the resources"))?;
+            command.stdin(input);
         }
         let binary = self.target.binary.display();
         self.reaper.spawn(&mut command).map_err(ShimError::io(format!("run {binary}")))
     }
 }
 
-/// Shows the process group of a verb while it lives.
-struct Tracked(Arc<AtomicI32>);
+/// Shows the process group of a verb, or of a worker in the place of one, while it lives.
+pub(crate) struct Tracked(Arc<AtomicI32>);
 
 impl Tracked {
-    fn new(group: Arc<AtomicI32>, pid: i32) -> Self {
+    pub(crate) fn new(group: Arc<AtomicI32>, pid: i32) -> Self {
         group.store(pid, Ordering::Release);
         Self(group)
     }

@@ -153,12 +153,16 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        self.0.container(&request.id)?.call(Request::Pause).await?;
+        let container = self.0.container(&request.id)?;
+        container.refuse_while_migrating("pause")?;
+        container.call(Request::Pause).await?;
         Ok(Empty::default())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.0.container(&request.id)?.call(Request::Resume).await?;
+        let container = self.0.container(&request.id)?;
+        container.refuse_while_migrating("resume")?;
+        container.call(Request::Resume).await?;
         Ok(Empty::default())
     }
 
@@ -203,6 +207,7 @@ impl Task for TaskService {
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.0.container(&request.id)?;
+        container.refuse_while_migrating("update")?;
         let resources = request.resources.into_option().unwrap_or_default().value;
         container.call(|reply| Request::Update(resources, reply)).await?;
         Ok(Empty::default())

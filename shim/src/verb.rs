@@ -1,13 +1,9 @@
 //! The verbs of an OCI runtime and how they are spelled on its command line.
 //!
 //! The spelling is that of runc, as containerd's own shim uses it, so the shim works with any runtime that
-//! works there. `migrate-target` is godwit's own and stands in the place of `restore`.
+//! works there.
 
-use std::{
-    ffi::OsString,
-    os::fd::{OwnedFd, RawFd},
-    path::PathBuf,
-};
+use std::{ffi::OsString, path::PathBuf};
 
 /// A verb and its operands; the container's id comes last and is not part of it.
 #[derive(Debug)]
@@ -52,8 +48,6 @@ pub(crate) enum Verb {
     Checkpoint(Checkpoint),
     /// Makes it from an image.
     Restore(Restore),
-    /// Makes it from what a source sends.
-    MigrateTarget(MigrateTarget),
 }
 
 /// Operands of `create`.
@@ -93,19 +87,6 @@ pub(crate) struct Restore {
     pub(crate) no_pivot: bool,
 }
 
-/// Operands of `migrate-target`.
-#[derive(Debug)]
-pub(crate) struct MigrateTarget {
-    /// Socket on which the agent hands over the source's connection.
-    pub(crate) incoming: PathBuf,
-    pub(crate) work: PathBuf,
-    pub(crate) bundle: PathBuf,
-    pub(crate) pid_file: PathBuf,
-    pub(crate) console: Option<PathBuf>,
-    /// Where the worker writes its events.
-    pub(crate) events: OwnedFd,
-}
-
 impl Verb {
     /// Returns the verb as the runtime spells it.
     pub(crate) fn name(&self) -> &'static str {
@@ -121,13 +102,11 @@ impl Verb {
             Self::Ps => "ps",
             Self::Checkpoint(_) => "checkpoint",
             Self::Restore(_) => "restore",
-            Self::MigrateTarget(_) => "migrate-target",
         }
     }
 
-    /// Returns the command line from the verb to the container's `id`; `events` is the number under which the
-    /// child has the events' descriptor.
-    pub(crate) fn arguments(&self, id: &str, events: Option<RawFd>) -> Vec<OsString> {
+    /// Returns the command line from the verb to the container's `id`.
+    pub(crate) fn arguments(&self, id: &str) -> Vec<OsString> {
         let mut line = Line(vec![self.name().into()]);
         match self {
             Self::Create(create) => {
@@ -153,13 +132,6 @@ impl Verb {
             }
             Self::Checkpoint(checkpoint) => line.checkpoint(checkpoint),
             Self::Restore(restore) => line.restore(restore),
-            Self::MigrateTarget(target) => {
-                line.with("--id", id).with("--incoming", &target.incoming).with("--bundle", &target.bundle);
-                line.with("--work-path", &target.work).with("--pid-file", &target.pid_file);
-                line.maybe("--console-socket", target.console.as_ref());
-                line.maybe("--events-fd", events.map(|fd| fd.to_string()));
-                return line.0;
-            }
             Self::Start | Self::Pause | Self::Resume => {}
         }
         line.0.push(id.into());
@@ -224,7 +196,7 @@ mod tests {
     use super::*;
 
     fn line(verb: &Verb) -> String {
-        let words = verb.arguments("web", Some(9));
+        let words = verb.arguments("web");
         words.iter().map(|word| word.to_str().unwrap()).collect::<Vec<_>>().join(" ")
     }
 

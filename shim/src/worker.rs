@@ -2,125 +2,96 @@
 //!
 //! ```text
 //! shim ──stdin: {"command":"cancel"|"release"}──► godwit migrate-source ──events fd: {"event":…} a line──► shim
+//! shim ──stdio: the container's ────────────────► godwit migrate-target ──events fd: {"event":…} a line──► shim
 //! ```
-//! The worker is a child, in a process group of its own, but does not die with the shim: once COMMIT is sent
-//! somebody must see it through. Its standard output and error go to `migrate.log` in the bundle.
+//! A worker is a child in a process group of its own, and godwit's whatever runtime the container has.
+//!
+//! A worker has a CRIU, which outlives it for as long as it takes to let go of the container. It is in a process
+//! group of its own and wipes its environment, so what tells that it has gone is a pipe ([`Lineage`]) that the
+//! source's worker and all its descendants inherit without knowing: it ends when the last of them has.
+
+mod source;
+mod target;
 
 use std::{
     fs::{self, File},
-    io,
-    os::{fd::OwnedFd, unix::process::CommandExt},
+    os::fd::OwnedFd,
     path::Path,
-    process::{Command as Process, Stdio},
 };
 
-use godwit_protocol::{
-    MigrationRequest,
-    worker::{Command, Event},
-};
-use godwit_sys::spawn::SpawnExt;
+use godwit_protocol::Failure;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
     net::unix::pipe,
-    sync::oneshot,
 };
 
-use crate::{
-    bundle,
-    error::{Result, ShimError},
-    reaper::{Exit, Reaper},
-    runtime::Target,
-};
+use crate::error::{Result, ShimError};
 
-/// Environment variable that tells which bundle a worker was started for.
+pub(crate) use source::{Order, Worker};
+pub(crate) use target::{Incoming, TargetWorker, WorkerProcess};
+
+/// Environment variable that tells which bundle a source's worker was started for.
 pub(crate) const MARK: &str = "GODWIT_WORKER_OF";
 
 /// Longest line a worker may write, in bytes.
 const LINE_MAX: u64 = 1 << 20;
 
+/// What a worker logs, as JSON lines, in the bundle.
 const LOG: &str = "migrate.json";
+/// What it prints.
 const OUTPUT: &str = "migrate.log";
 
-/// What a source worker has to know.
+/// Tells when a worker and everything it has started have ended.
 #[derive(Debug)]
-pub(crate) struct Order<'a> {
-    /// The worker's program, and where the container's state is.
-    pub(crate) target: &'a Target,
-    pub(crate) namespace: &'a str,
-    pub(crate) request: &'a MigrationRequest,
-    pub(crate) containerd: &'a str,
-    pub(crate) work: &'a Path,
-    /// Ask the target what became of a migration whose worker died, instead of migrating.
-    pub(crate) resolve: bool,
-}
+pub(crate) struct Lineage(pipe::Receiver);
 
-/// A running source worker.
-#[derive(Debug)]
-pub(crate) struct Worker {
-    /// Its pid, which is its process group's.
-    pub(crate) pid: i32,
-    pub(crate) ended: oneshot::Receiver<Exit>,
-    pub(crate) events: Events,
-    pub(crate) commands: Commands,
-}
+impl Lineage {
+    fn new(reader: OwnedFd) -> Result<Self> {
+        pipe::Receiver::from_owned_fd(reader).map(Self).map_err(ShimError::io("use a pipe"))
+    }
 
-/// Where a worker is told what to do.
-#[derive(Debug)]
-pub(crate) struct Commands(pipe::Sender);
-
-impl Worker {
-    /// Starts a worker.
-    ///
-    /// # Errors
-    /// [`ShimError::Io`].
-    pub(crate) fn start(order: &Order<'_>, reaper: &Reaper) -> Result<Self> {
-        let target = order.target;
-        let new_pipe = || io::pipe().map_err(ShimError::io("make a pipe"));
-        let (events, events_writer) = new_pipe()?;
-        let (commands_reader, commands) = new_pipe()?;
-        let output = output_file(&target.bundle)?;
-        let mut command = target.command(LOG);
-        command.env(MARK, bundle::identity(&target.bundle)?).process_group(0);
-        let number = command.inherit_fd(events_writer.into());
-        arguments(&mut command, order, number);
-        let duplicate = output.try_clone().map_err(ShimError::io("duplicate a descriptor"))?;
-        command.stdin(Stdio::from(OwnedFd::from(commands_reader))).stdout(output).stderr(duplicate);
-        let binary = target.binary.display();
-        let (pid, ended) = reaper.spawn(&mut command).map_err(ShimError::io(format!("run {binary}")))?;
-        // With it goes the shim's own copy of the events' writing end.
-        drop(command);
-        let commands = pipe::Sender::from_owned_fd(commands.into()).map_err(ShimError::io("use a pipe"))?;
-        Ok(Self { pid, ended, events: Events::new(events.into())?, commands: Commands(commands) })
+    /// Waits until all have ended; may be asked again after that, and given up at any time.
+    pub(crate) async fn gone(&mut self) {
+        let mut nothing = [0; 64];
+        // Nobody knows of the pipe, so nobody writes to it.
+        while self.0.read(&mut nothing).await.is_ok_and(|length| length > 0) {}
     }
 }
 
-impl Commands {
-    /// Tells the worker something; one that has ended is past hearing.
-    pub(crate) async fn tell(&mut self, command: Command) {
-        let line = serde_json::to_string(&command).map(|line| line + "\n").unwrap_or_default();
-        if let Err(error) = self.0.write_all(line.as_bytes()).await {
-            log::debug!("a worker does not listen: {error}");
-        }
-    }
+/// A line of a worker: [`godwit_protocol::worker::Event`], but what it reports is kept as it was written, and passed
+/// on so. A worker may be newer than the shim that was started with its container, and say more.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub(crate) enum Event {
+    /// How far the migration is.
+    Progress { snapshot: Map<String, Value> },
+    /// COMMIT is about to be sent.
+    Committing,
+    /// The target runs the container.
+    Committed { report: Value },
+    /// The migration ended without doing what was asked.
+    Failed { failure: Failed },
+    /// The container is restored and runs.
+    Restored { pid: i32 },
+    /// All of its memory is here.
+    Filled,
 }
 
-fn arguments(command: &mut Process, order: &Order<'_>, events: i32) {
-    command.args(["migrate-source", "--id", &order.target.id, "--namespace", order.namespace]);
-    command.args(["--to", &order.request.to_string(), "--containerd", order.containerd]);
-    command.arg("--bundle").arg(&order.target.bundle).arg("--work-path").arg(order.work);
-    command.args(["--events-fd", &events.to_string()]);
-    if order.resolve {
-        command.arg("--resolve");
-    }
+/// A failure, with whatever a worker says about it beyond what the shim acts on.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Failed {
+    #[serde(flatten)]
+    pub(crate) known: Failure,
+    #[serde(flatten)]
+    more: Map<String, Value>,
 }
 
-fn output_file(bundle: &Path) -> Result<File> {
-    let path = bundle.join(OUTPUT);
-    fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(&path)
-        .map_err(ShimError::io(format!("open {}", path.display())))
+impl From<Failure> for Failed {
+    fn from(known: Failure) -> Self {
+        Self { known, more: Map::new() }
+    }
 }
 
 /// A worker's events, in order.
@@ -160,5 +131,39 @@ impl Events {
                 Err(error) => log::warn!("a worker said what is not understood: {error}"),
             }
         }
+    }
+}
+
+fn output_file(bundle: &Path) -> Result<File> {
+    let path = bundle.join(OUTPUT);
+    fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .map_err(ShimError::io(format!("open {}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use godwit_protocol::{Fate, worker};
+
+    use super::*;
+
+    #[test]
+    fn what_the_protocol_says_is_understood() {
+        let read = |event: &worker::Event| {
+            serde_json::from_value::<Event>(serde_json::to_value(event).unwrap()).unwrap()
+        };
+        assert!(matches!(read(&worker::Event::Committing), Event::Committing));
+        assert!(matches!(read(&worker::Event::Restored { pid: 7 }), Event::Restored { pid: 7 }));
+        assert!(matches!(read(&worker::Event::Filled), Event::Filled));
+    }
+
+    #[test]
+    fn a_failure_keeps_what_is_not_known_of_it() {
+        let text = r#"{"event":"failed","failure":{"cause":"c","fate":"lost","phase":"frozen","side":"source","x":{"y":[1]}}}"#;
+        let Event::Failed { failure } = serde_json::from_str(text).unwrap() else { panic!("it failed") };
+        assert_eq!(failure.known.fate, Fate::Lost);
+        assert_eq!(serde_json::to_value(&failure).unwrap()["x"]["y"][0], 1);
     }
 }

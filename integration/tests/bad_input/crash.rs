@@ -8,10 +8,12 @@ use std::fs;
 use std::time::Instant;
 
 use godwit_integration::case;
+use godwit_integration::cgroup::Hierarchy;
 use godwit_integration::node::AGENT;
 use godwit_integration::process::Daemon;
 use godwit_integration::suite::trouble::LIMIT;
 use godwit_integration::suite::{Answer, Case, Container, Outcome, Site, Stage, Trouble, await_that};
+use godwit_integration::workload::memory::Findings;
 use godwit_integration::workload::program;
 use nix::sys::signal::Signal;
 
@@ -22,6 +24,7 @@ pub(super) fn cases() -> Vec<Case> {
         case!(killed_target_shim_leaves_the_source_running).alone(),
         case!(killed_target_worker_leaves_the_source_running).alone(),
         case!(killed_source_worker_leaves_the_source_running).alone(),
+        case!(source_worker_killed_in_mid_dump_leaves_nothing_frozen).alone(),
         case!(killed_criu_of_the_source_leaves_the_source_running).alone(),
         case!(killed_criu_of_the_target_leaves_the_source_running).alone(),
         case!(killed_agent_leaves_the_source_running).alone(),
@@ -40,6 +43,14 @@ fn killed_target_worker_leaves_the_source_running(stage: &Stage) -> Outcome {
 
 fn killed_source_worker_leaves_the_source_running(stage: &Stage) -> Outcome {
     survives_kill(stage, "source-worker", |stage, id| find(&stage.a, &["godwit", "migrate-source", id]))
+}
+
+/// Its CRIU lives on for as long as it takes to let go of the container, frozen all the while.
+fn source_worker_killed_in_mid_dump_leaves_nothing_frozen(stage: &Stage) -> Outcome {
+    survives_kill(stage, "mid-dump", |stage, id| {
+        // CRIU's title once it has its order.
+        find(&stage.a, &["criu: dump"]).and_then(|_| find(&stage.a, &["godwit", "migrate-source", id]))
+    })
 }
 
 fn killed_criu_of_the_source_leaves_the_source_running(stage: &Stage) -> Outcome {
@@ -114,7 +125,9 @@ fn survives_kill(stage: &Stage, stem: &str, victim: impl Fn(&Stage, &str) -> Opt
     };
     found.signal(Signal::SIGKILL);
     Answer::read(job.wait()?)?.failed()?;
+    assert_not_frozen(pid)?;
     assert_whole(&container)?;
+    assert_writes_on(&container)?;
     if stage.b.node().daemon(AGENT).is_none() {
         stage.b.node().start_agent::<[&str; 0], _>([])?;
     }
@@ -133,9 +146,37 @@ fn big<'a>(stage: &'a Stage, stem: &str) -> Result<Container<'a>, Trouble> {
 }
 
 fn assert_whole(container: &Container<'_>) -> Outcome {
-    let line = container.exec(&["workload", "ask"])?.ok()?;
-    let findings = program::parse_line(&line).ok_or(Trouble::Garbled { what: "findings", text: line })?;
+    let findings = ask(container)?;
     assert_eq!((findings.pages, findings.bad), (65536, 0));
+    Ok(())
+}
+
+fn assert_writes_on(container: &Container<'_>) -> Outcome {
+    let before = ask(container)?.rewrites;
+    await_that("it writes on", || ask(container).is_ok_and(|now| now.rewrites > before))
+}
+
+fn ask(container: &Container<'_>) -> Result<Findings, Trouble> {
+    let line = container.exec(&["workload", "ask"])?.ok()?;
+    program::parse_line(&line).ok_or(Trouble::Garbled { what: "findings", text: line })
+}
+
+/// Claims that the kernel has let the cgroup of a process go at this very moment.
+fn assert_not_frozen(pid: u32) -> Outcome {
+    let path = format!("/proc/{pid}/cgroup");
+    let groups = fs::read_to_string(&path).map_err(Trouble::io("read", &path))?;
+    for hierarchy in Hierarchy::all()? {
+        let controllers = hierarchy.options.as_deref().unwrap_or_default();
+        let group = groups
+            .lines()
+            .find_map(|line| line.split_once(':')?.1.strip_prefix(controllers)?.strip_prefix(':'));
+        let Some(group) = group else { continue };
+        let directory = hierarchy.point.join(group.trim_start_matches('/'));
+        for (file, frozen) in [("freezer.state", "FR"), ("cgroup.events", "frozen 1")] {
+            let text = fs::read_to_string(directory.join(file)).unwrap_or_default();
+            assert!(!text.contains(frozen), "{} says {text}", directory.join(file).display());
+        }
+    }
     Ok(())
 }
 

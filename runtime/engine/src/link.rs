@@ -54,6 +54,15 @@ pub enum LinkError {
         #[source]
         source: io::Error,
     },
+    /// Something answers, and not with a hello that fits.
+    #[error("nothing can be agreed with what listens at {address}, where `godwit agent` should")]
+    Greet {
+        /// The address that answered.
+        address: SocketAddr,
+        /// What it did.
+        #[source]
+        source: Box<Self>,
+    },
     /// The peer closed the link.
     #[error("the peer closed the link")]
     Closed,
@@ -137,7 +146,10 @@ impl Link {
         let mut failed = None;
         for address in addresses {
             match TcpStream::connect_timeout(&address, CONNECT_MAX) {
-                Ok(socket) => return Self::greet(socket, Hello::OURS),
+                Ok(socket) => {
+                    let greeted = Self::greet(socket, Hello::OURS);
+                    return greeted.map_err(|source| LinkError::Greet { address, source: Box::new(source) });
+                }
                 Err(source) => failed = Some((address, source)),
             }
         }

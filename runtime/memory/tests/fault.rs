@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use godwit_memory::fault::{FaultConfig, FaultServer, Lent, MemoryStore, PageSource, SOCKET_NAME, SpacePlan};
 use godwit_memory::{MemoryError, PAGE_BYTES, PageRange, PageSet, Result, reader};
@@ -279,16 +279,27 @@ impl Drop for Obedient {
 }
 
 /// The first words of pages of another process.
+///
+/// Read again while some cannot be: the kernel refuses a fault from outside on an absent page just while the server
+/// lets go of the userfaultfd.
 fn first_words(pid: i32, range: PageRange) -> Vec<u64> {
-    let mut words = Vec::new();
-    let mut buffer = vec![0; usize::try_from(range.bytes()).unwrap()];
-    reader::read(pid, &[range].into_iter().collect(), &mut buffer, |batch| {
-        assert!(batch.gone.is_empty());
-        words.extend(batch.bytes.chunks(4096).map(|page| u64::from_ne_bytes(page[..8].try_into().unwrap())));
-        Ok::<(), MemoryError>(())
-    })
-    .unwrap();
-    words
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let (mut words, mut complete) = (Vec::new(), true);
+        let mut buffer = vec![0; usize::try_from(range.bytes()).unwrap()];
+        reader::read(pid, &[range].into_iter().collect(), &mut buffer, |batch| {
+            complete &= batch.gone.is_empty();
+            words.extend(
+                batch.bytes.chunks(4096).map(|page| u64::from_ne_bytes(page[..8].try_into().unwrap())),
+            );
+            Ok::<(), MemoryError>(())
+        })
+        .unwrap();
+        if complete {
+            return words;
+        }
+        assert!(Instant::now() < deadline, "pages of {pid} cannot be read");
+    }
 }
 
 #[test]

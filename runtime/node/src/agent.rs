@@ -105,6 +105,7 @@ impl Agent {
             .create(&config.directory)
             .map_err(NodeError::file("create directory", &config.directory))?;
         let lock = lock(&config.directory)?;
+        remove_dead_sockets(&config.directory);
         forget_old_records(&config.directory);
         target::recover(&config.containerd, &config.directory)?;
         let listener = TcpListener::bind(config.listen)
@@ -285,6 +286,18 @@ fn lock(directory: &Path) -> Result<Flock<File>, NodeError> {
     }
 }
 
+/// Removes the sockets of an agent that was killed. With the lock held, every socket here is a dead agent's.
+fn remove_dead_sockets(directory: &Path) {
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        if path.extension().is_some_and(|extension| extension == SOCKET_SUFFIX)
+            && let Err(error) = fs::remove_file(&path)
+        {
+            log::warn!(path:% = path.display(); "cannot remove a dead agent's socket: {error}");
+        }
+    }
+}
+
 /// Removes records that no source can still ask about.
 fn forget_old_records(directory: &Path) {
     let Ok(entries) = fs::read_dir(directory) else { return };
@@ -305,6 +318,9 @@ fn forget_old_records(directory: &Path) {
 
 /// How long an agent that was told to leave waits for the migrations that are under way.
 pub const LEAVE_LIMIT: Duration = Duration::from_secs(60);
+
+/// What the name of an incoming task's socket ends with.
+const SOCKET_SUFFIX: &str = "sock";
 
 const LEAVE_POLL: Duration = Duration::from_millis(50);
 

@@ -50,6 +50,7 @@ impl Container {
                 }
             }
         }
+        self.be_whole("checkpoint").await?;
         let image = if path.is_empty() { &options.image_path } else { path };
         if image.is_empty() {
             let reason = "a directory, or godwit://HOST, is needed";

@@ -11,7 +11,7 @@ use std::{
 };
 
 use containerd_shim_protos::{api::Mount, events::task};
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::{Container, Phase, Process, Settings, Shared, State, restore::Image};
 use crate::{
@@ -105,6 +105,7 @@ impl Container {
             mailbox,
             exec_ended: Notify::new(),
             restoring: Arc::default(),
+            whole: watch::Sender::new(true),
             state: Mutex::new(State::new(phase, init)),
         });
         let pid = if restorable { 0 } else { container.create_init().await? };

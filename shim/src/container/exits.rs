@@ -47,6 +47,9 @@ impl Container {
     pub(super) async fn init_ended(&self, exit: Exit) {
         {
             let mut state = self.lock();
+            if state.init.has_ended() {
+                return;
+            }
             state.init_ended = true;
             if state.starting {
                 // Published by the start, after its own event.

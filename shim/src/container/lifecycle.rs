@@ -1,6 +1,10 @@
 //! The verbs that take a container or an exec from one state to the next.
 
-use std::{fs, sync::Arc};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use containerd_shim_protos::events::task;
 
@@ -190,6 +194,7 @@ impl Container {
     }
 
     async fn delete_container(&self) -> Result<(i32, Option<Ended>)> {
+        self.lose_companion().await;
         match self.run(Verb::Delete { force: false }).await {
             // A checkpoint that ends the container deletes it, and one that was never restored never was.
             Err(ShimError::Runtime { message, .. }) if message.contains("does not exist") => {}
@@ -299,20 +304,17 @@ impl Container {
     /// Makes the container from an image or from what a source sends.
     async fn restore(self: &Arc<Self>, image: Image) -> Result<()> {
         let address = self.lock().init.address.clone();
-        let mut prepared = Prepared::new(&address, &self.owner(&self.id)).await?;
-        let stdio = prepared.take_theirs().map_or(VerbStdio::Captured, VerbStdio::Container);
+        let prepared = Prepared::new(&address, &self.owner(&self.id)).await?;
         let pid_file = bundle::init_pid_file(&self.bundle);
         // A pid left by a try that failed must not be taken for this one's.
         fs::remove_file(&pid_file).ok();
-        let window = self.shared.reaper.window();
-        let verb = self.restore_verb(&image, &pid_file, prepared.console())?;
-        let group = Some(Arc::clone(&self.restoring));
-        let restored = self.run(Call { verb, stdio, group }).await;
-        let connected = match restored {
-            Ok(_) => self.adopt_restored(prepared, &pid_file, &window).await,
-            Err(error) => Err(error),
+        let restored = match &image {
+            Image::Directory { path, parent } => {
+                self.restore_from(path, parent.as_ref(), prepared, &pid_file).await
+            }
+            Image::Incoming(socket) => self.receive(socket, prepared, &pid_file).await,
         };
-        if let Err(error) = connected {
+        if let Err(error) = restored {
             // Half a container may be left by a runtime that was killed; usually there is nothing.
             if let Err(left) = self.run(Verb::Delete { force: true }).await {
                 log::debug!("{}: nothing deleted after a failed restore: {left}", self.id);
@@ -323,12 +325,17 @@ impl Container {
         Ok(())
     }
 
-    async fn adopt_restored(
+    async fn restore_from(
         self: &Arc<Self>,
-        prepared: Prepared,
-        pid_file: &std::path::Path,
-        window: &crate::reaper::Window,
+        path: &Path,
+        parent: Option<&PathBuf>,
+        mut prepared: Prepared,
+        pid_file: &Path,
     ) -> Result<()> {
+        let stdio = prepared.take_theirs().map_or(VerbStdio::Captured, VerbStdio::Container);
+        let window = self.shared.reaper.window();
+        let verb = self.restore_verb(path, parent, pid_file, prepared.console())?;
+        self.run(Call { verb, stdio, group: Some(Arc::clone(&self.restoring)) }).await?;
         let streams = prepared.connect().await?;
         let pid = read_pid(pid_file)?;
         self.adopt_init(pid, streams, window.claim(pid));

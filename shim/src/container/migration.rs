@@ -11,14 +11,13 @@
 //! stays as it is and the shim asks again and again. A committed worker waits for `release` so that the client
 //! can fetch its report while the container is still there to ask about.
 
-use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use godwit_protocol::{
-    Failure, Fate, MigrationId, MigrationRequest, Phase as Stage, Report, Side,
-    worker::{Command, Ended, Event, Snapshot},
+    Failure, Fate, MigrationId, MigrationRequest, Phase as Stage, Side,
+    worker::{Command, Snapshot},
 };
-use godwit_sys::freezer::Freezer;
-use nix::{sys::signal::killpg, unistd::Pid};
+use serde_json::{Map, Value, json};
 use tokio::{
     sync::{Notify, mpsc},
     time::{sleep, timeout},
@@ -30,33 +29,33 @@ use super::{
 };
 use crate::{
     bundle,
-    cgroup::Cgroup,
     error::{Result, ShimError},
     runtime::Target,
-    verb::Verb,
-    worker::{Events, Order, Worker},
+    worker::{Event, Failed, Order, Worker},
 };
 
 /// How long a client has to fetch its report.
 const RELEASE_LIMIT: Duration = Duration::from_secs(10);
-/// How long CRIU may take to let go of the container once its worker has died.
-const LET_GO_LIMIT: Duration = Duration::from_secs(5);
-const POLL: Duration = Duration::from_millis(20);
 const ASK_AGAIN_MIN: Duration = Duration::from_secs(1);
 const ASK_AGAIN_MAX: Duration = Duration::from_secs(30);
 
 /// What is known of a container's latest migration.
 #[derive(Debug)]
 pub(crate) struct MigrationState {
-    snapshot: Option<Snapshot>,
+    /// A [`Snapshot`], as the worker wrote it.
+    snapshot: Option<Map<String, Value>>,
     running: bool,
     commands: Option<mpsc::UnboundedSender<Command>>,
     release: Arc<Notify>,
 }
 
 impl MigrationState {
-    fn outgoing(snapshot: Snapshot, commands: mpsc::UnboundedSender<Command>) -> Self {
+    fn outgoing(snapshot: Map<String, Value>, commands: mpsc::UnboundedSender<Command>) -> Self {
         Self { snapshot: Some(snapshot), running: true, commands: Some(commands), release: Arc::default() }
+    }
+
+    pub(super) fn incoming() -> Self {
+        Self { snapshot: None, running: true, commands: None, release: Arc::default() }
     }
 
     /// Tells whether the migration has not ended.
@@ -68,8 +67,9 @@ impl MigrationState {
 /// How a worker ended.
 #[derive(Debug)]
 enum Outcome {
-    Committed(Box<Report>),
-    Failed(Failure),
+    /// With its report.
+    Committed(Value),
+    Failed(Failed),
     /// Without a word about it.
     Died {
         status: u32,
@@ -85,7 +85,7 @@ impl Container {
         let snapshot = migration.snapshot.as_ref().ok_or_else(never)?;
         let json = serde_json::to_string(snapshot)
             .map_err(|source| ShimError::BadJson { what: "the migration's snapshot", source })?;
-        if snapshot.ended.is_some() {
+        if snapshot.contains_key(ENDED) {
             migration.release.notify_one();
         }
         Ok(json)
@@ -120,23 +120,40 @@ impl Container {
         match outcome {
             Outcome::Committed(report) => {
                 // The note stays, so that `delete`, which the worker's own clean-up sets off, leaves it alone.
-                self.conclude(Ended::Well { report });
+                self.conclude(well(&report));
                 answer(reply, Ok(()));
                 if let Some(worker) = worker {
                     tokio::spawn(Arc::clone(self).see_off(worker));
                 }
             }
-            Outcome::Failed(failure) if failure.fate == Fate::Unknown => {
-                self.note(|snapshot| snapshot.ended = Some(Ended::Badly { failure: failure.clone() }));
-                answer(reply, Err(failure.into()));
-                tokio::spawn(Arc::clone(self).ask_until_known(request));
-            }
             Outcome::Failed(failure) => {
-                bundle::forget_committing(&self.bundle);
-                self.conclude(Ended::Badly { failure: failure.clone() });
-                answer(reply, Err(failure.into()));
+                let failure = self.make_sure_it_runs(failure).await;
+                self.give_up(failure, request, worker, reply);
             }
             Outcome::Died { .. } => unreachable!("`attempt` makes a failure of it"),
+        }
+    }
+
+    /// Tells the client what went wrong, and goes on finding out or mending where that is left to do.
+    fn give_up(
+        self: &Arc<Self>,
+        failure: Failed,
+        request: MigrationRequest,
+        worker: Option<Worker>,
+        reply: Reply<()>,
+    ) {
+        let ended = badly(&failure);
+        if failure.known.fate != Fate::Unknown {
+            bundle::forget_committing(&self.bundle);
+            self.conclude(ended);
+            return answer(reply, Err(failure.known.into()));
+        }
+        self.note(ENDED, ended);
+        answer(reply, Err(failure.known.clone().into()));
+        if bundle::is_committing(&self.bundle) {
+            tokio::spawn(Arc::clone(self).ask_until_known(request));
+        } else {
+            tokio::spawn(Arc::clone(self).mend(failure, worker.map(|worker| worker.lineage)));
         }
     }
 
@@ -151,6 +168,7 @@ impl Container {
             None => new_name()?,
         };
         request.migration = Some(migration.clone());
+        self.be_whole("migrate").await?;
         let paused = {
             let mut state = self.lock();
             self.not_migrating(&state, "migrate")?;
@@ -169,6 +187,8 @@ impl Container {
                 rate_bytes_per_s: 0,
                 ended: None,
             };
+            let snapshot = serde_json::to_value(snapshot).map(|snapshot| snapshot.as_object().cloned());
+            let snapshot = snapshot.ok().flatten().unwrap_or_default();
             state.migration = Some(MigrationState::outgoing(snapshot, commands));
             state.phase == Phase::Paused
         };
@@ -203,13 +223,18 @@ impl Container {
             "the migration worker ended with status {status}; its log is {}",
             self.bundle.join("migrate.log").display()
         );
+        let let_go = self.wait_until_let_go(&mut worker.lineage).await;
         if bundle::is_committing(&self.bundle) {
             return self.ask_target(request, cause).await;
         }
-        self.wait_for_group(worker.pid).await;
-        self.thaw_after_death().await;
-        let fate = if self.lock().init_ended { Fate::Lost } else { Fate::RunningOnSource };
-        (Outcome::Failed(self.failure(fate, cause)), None)
+        let failure = match let_go {
+            Ok(()) => {
+                self.resume_after_death().await;
+                self.failure(self.fate_on_source(), cause)
+            }
+            Err(why) => self.failure(Fate::Unknown, format!("{cause}; {why}")),
+        };
+        (Outcome::Failed(failure), Some(worker))
     }
 
     fn start_worker(&self, request: &MigrationRequest, resolve: bool) -> Result<Worker> {
@@ -243,16 +268,16 @@ impl Container {
                 }
             };
             match event {
-                Some(Event::Progress { snapshot }) => self.note(|known| *known = snapshot),
+                Some(Event::Progress { snapshot }) => self.take_in(snapshot),
                 Some(Event::Committing) => {
-                    self.note(|known| known.phase = Stage::Committing);
+                    self.note("phase", json!(Stage::Committing));
                     if let Err(error) = bundle::note_committing(&self.bundle) {
                         log::error!("{}: {error}", self.id);
                     }
                 }
                 Some(Event::Committed { report }) => return Outcome::Committed(report),
                 Some(Event::Failed { failure }) => return Outcome::Failed(failure),
-                Some(Event::Restored { .. }) => {}
+                Some(Event::Restored { .. } | Event::Filled) => {}
                 None => {
                     let status = (&mut worker.ended).await.map_or(u32::MAX, |exit| exit.status);
                     return Outcome::Died { status };
@@ -278,26 +303,36 @@ impl Container {
     /// Asks the target until it answers; the container stays frozen meanwhile.
     async fn ask_until_known(self: Arc<Self>, request: MigrationRequest) {
         let mut pause = ASK_AGAIN_MIN;
-        let (ended, worker) = loop {
+        let (outcome, worker) = loop {
             sleep(pause).await;
             pause = (pause * 2).min(ASK_AGAIN_MAX);
             let cause = "the target does not say what it decided".to_owned();
             match self.ask_target(&request, cause).await {
-                (Outcome::Committed(report), worker) => break (Ended::Well { report }, worker),
-                (Outcome::Failed(failure), _) if failure.fate != Fate::Unknown => {
-                    break (Ended::Badly { failure }, None);
-                }
-                (Outcome::Failed(_) | Outcome::Died { .. }, _) => {}
+                (Outcome::Failed(failure), _) if failure.known.fate == Fate::Unknown => {}
+                known => break known,
             }
         };
-        if matches!(ended, Ended::Badly { .. }) {
-            bundle::forget_committing(&self.bundle);
-        }
-        self.conclude(ended);
-        if let Some(worker) = worker {
-            // The client was answered long ago.
-            self.release_migration();
-            self.see_off(worker).await;
+        match outcome {
+            Outcome::Committed(report) => {
+                self.conclude(well(&report));
+                if let Some(worker) = worker {
+                    // The client was answered long ago.
+                    self.release_migration();
+                    self.see_off(worker).await;
+                }
+            }
+            Outcome::Failed(failure) => {
+                bundle::forget_committing(&self.bundle);
+                let failure = self.make_sure_it_runs(failure).await;
+                let ended = badly(&failure);
+                if failure.known.fate == Fate::Unknown {
+                    self.note(ENDED, ended);
+                    self.mend(failure, None).await;
+                } else {
+                    self.conclude(ended);
+                }
+            }
+            Outcome::Died { .. } => unreachable!("`ask_target` makes a failure of it"),
         }
     }
 
@@ -313,84 +348,53 @@ impl Container {
         worker.ended.await.ok();
     }
 
-    /// Gives CRIU, which sees its worker's end as a closed socket, time to let go of the container's tasks.
-    async fn wait_for_group(&self, group: i32) {
-        let gone = async {
-            while killpg(Pid::from_raw(group), None).is_ok() {
-                sleep(POLL).await;
-            }
-        };
-        if timeout(LET_GO_LIMIT, gone).await.is_err()
-            && let Err(error) = godwit_sys::process::kill_group(group)
-        {
-            log::error!("{}: failed to end what the worker left: {error}", self.id);
-        }
-    }
-
-    /// Thaws whatever way the dead worker had frozen the container.
-    async fn thaw_after_death(&self) {
-        if let Err(error) = self.run(Verb::Resume).await {
-            log::debug!("{}: nothing for the runtime to resume: {error}", self.id);
-        }
-        let directory = match &self.lock().cgroup {
-            Some(Cgroup::V1(found)) => found.get("freezer").cloned(),
-            Some(Cgroup::V2(directory)) => Some(directory.clone()),
-            None => None,
-        };
-        let Some(directory) = directory else { return };
-        if let Err(error) = Freezer::open(&directory).and_then(|freezer| freezer.thaw()) {
-            log::error!("{}: failed to thaw: {error}", self.id);
-        }
-    }
-
-    fn failure(&self, fate: Fate, cause: String) -> Failure {
+    fn failure(&self, fate: Fate, cause: String) -> Failed {
         let state = self.lock();
         let snapshot = state.migration.as_ref().and_then(|migration| migration.snapshot.as_ref());
-        let phase = snapshot.map_or(Stage::Connecting, |snapshot| snapshot.phase);
-        Failure { side: Side::Source, phase, fate, cause }
+        let phase = snapshot.and_then(|snapshot| snapshot.get("phase"));
+        let phase = phase.and_then(|phase| serde_json::from_value(phase.clone()).ok());
+        Failure { side: Side::Source, phase: phase.unwrap_or(Stage::Connecting), fate, cause }.into()
     }
 
-    fn note(&self, change: impl FnOnce(&mut Snapshot)) {
-        let mut state = self.lock();
-        if let Some(snapshot) = state.migration.as_mut().and_then(|migration| migration.snapshot.as_mut()) {
-            change(snapshot);
+    /// Keeps what a worker says of its progress.
+    pub(super) fn take_in(&self, snapshot: Map<String, Value>) {
+        if let Some(migration) = &mut self.lock().migration {
+            migration.snapshot = Some(snapshot);
         }
     }
 
-    fn conclude(&self, ended: Ended) {
-        self.note(|snapshot| snapshot.ended = Some(ended));
+    /// Changes one entry of the snapshot.
+    fn note(&self, key: &str, value: Value) {
+        let mut state = self.lock();
+        if let Some(snapshot) = state.migration.as_mut().and_then(|migration| migration.snapshot.as_mut()) {
+            snapshot.insert(key.to_owned(), value);
+        }
+    }
+
+    /// Notes how the migration ended.
+    pub(super) fn conclude(&self, ended: Value) {
+        self.note(ENDED, ended);
+        self.stop_migrating();
+    }
+
+    /// Notes that there is no migration any more that a verb could disturb.
+    pub(super) fn stop_migrating(&self) {
         if let Some(migration) = &mut self.lock().migration {
             migration.running = false;
             migration.commands = None;
         }
     }
+}
 
-    /// Follows the events of the worker that restores this container from another host.
-    pub(super) fn watch_incoming(self: &Arc<Self>, reader: OwnedFd) -> Result<()> {
-        let mut events = Events::new(reader)?;
-        let container = Arc::clone(self);
-        self.lock().migration =
-            Some(MigrationState { snapshot: None, running: true, commands: None, release: Arc::default() });
-        tokio::spawn(async move {
-            while let Some(event) = events.next().await {
-                let mut state = container.lock();
-                let Some(migration) = &mut state.migration else { break };
-                match event {
-                    Event::Progress { snapshot } => migration.snapshot = Some(snapshot),
-                    Event::Failed { failure } => {
-                        if let Some(snapshot) = &mut migration.snapshot {
-                            snapshot.ended = Some(Ended::Badly { failure });
-                        }
-                    }
-                    Event::Restored { .. } | Event::Committing | Event::Committed { .. } => {}
-                }
-            }
-            if let Some(migration) = &mut container.lock().migration {
-                migration.running = false;
-            }
-        });
-        Ok(())
-    }
+/// Key of a snapshot's [`godwit_protocol::worker::Ended`].
+const ENDED: &str = "ended";
+
+fn well(report: &Value) -> Value {
+    json!({"end": "well", "report": report})
+}
+
+pub(super) fn badly(failure: &Failed) -> Value {
+    json!({"end": "badly", "failure": failure})
 }
 
 /// Returns a name that no other migration has.

@@ -24,12 +24,14 @@ mod actor;
 mod checkpoint;
 mod create;
 mod exits;
+mod incoming;
 mod lifecycle;
 mod migration;
 mod questions;
 mod restore;
 #[cfg(test)]
 mod tests;
+mod thaw;
 
 use std::{
     collections::HashMap,
@@ -38,7 +40,10 @@ use std::{
     time::SystemTime,
 };
 
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    task::JoinHandle,
+};
 
 use crate::{
     bundle::Record,
@@ -86,6 +91,8 @@ pub(crate) struct Container {
     exec_ended: Notify,
     /// Process group of a restore or incoming migration while it runs, else 0.
     restoring: Arc<AtomicI32>,
+    /// Whether all of its memory is here; false while a migration fills it.
+    whole: watch::Sender<bool>,
     state: Mutex<State>,
 }
 
@@ -123,6 +130,8 @@ struct State {
     migration: Option<MigrationState>,
     /// A migration has lifted the client's pause, so its Resume will find nothing to do.
     resume_owed: bool,
+    /// Stays with the worker that fills the container's memory.
+    companion: Option<JoinHandle<()>>,
 }
 
 /// Where a container stands.
@@ -207,6 +216,12 @@ impl Container {
         }
     }
 
+    /// Refuses `verb` at once while a migration runs or its outcome is not known; the actor, which refuses it as well,
+    /// answers only when it has an outcome.
+    pub(crate) fn refuse_while_migrating(&self, verb: &'static str) -> Result<()> {
+        self.not_migrating(&self.lock(), verb)
+    }
+
     /// Hands a request to the actor.
     pub(crate) fn ask(&self, request: Request) -> Result<()> {
         self.mailbox.send(request).map_err(|_| ShimError::Deleted { id: self.id.clone() })
@@ -227,6 +242,7 @@ impl State {
             oom: None,
             migration: None,
             resume_owed: false,
+            companion: None,
         }
     }
 

@@ -7,8 +7,9 @@ use godwit_sys::{SysError, pidfd::PidFd};
 use protobuf::{Message, well_known_types::any::Any};
 use tokio::sync::watch;
 
-use super::{Container, Ended, Phase, Process, State};
+use super::{Container, Ended, Phase, Process, State, restore::Image};
 use crate::{
+    bundle,
     error::{Result, ShimError},
     runtime::Call,
     stdio::Address,
@@ -38,7 +39,20 @@ impl Container {
             (false, _) if process.pid != 0 => "running",
             (false, _) => "created",
         };
+        if exec_id.is_empty()
+            && let Some(pid) = self.restored_pid(&state)
+        {
+            let address = process.address.clone();
+            return Ok(ProcessView { pid, status: Phase::Running.name(), address, ended });
+        }
         Ok(ProcessView { pid: process.pid, status, address: process.address.clone(), ended })
+    }
+
+    /// Returns the pid of a container that came from another host and runs, though its worker's word of that was not
+    /// read yet: the migration's client may have been told by the source.
+    fn restored_pid(&self, state: &State) -> Option<i32> {
+        let arriving = matches!(state.phase, Phase::Restorable(Image::Incoming(_))) && state.starting;
+        arriving.then(|| bundle::read_pid(&bundle::init_pid_file(&self.bundle)).ok()).flatten()
     }
 
     /// Returns the pid of the init, 0 before there is one.

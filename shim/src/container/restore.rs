@@ -2,16 +2,13 @@
 
 use std::{
     env, fs,
-    os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
 use super::{Container, create::CreateRequest};
 use crate::{
-    bundle,
     error::{Result, ShimError},
-    verb::{MigrateTarget, Restore, Verb},
+    verb::{Restore, Verb},
 };
 
 /// Marks a Create whose container comes from another host; the path of a socket follows.
@@ -78,42 +75,26 @@ fn is_unpacked(path: &Path, temporary: &Path) -> bool {
 }
 
 impl Container {
+    /// Returns the verb that restores from the images in `path`.
     pub(super) fn restore_verb(
-        self: &Arc<Self>,
-        image: &Image,
+        &self,
+        path: &Path,
+        parent: Option<&PathBuf>,
         pid_file: &Path,
         console: Option<PathBuf>,
     ) -> Result<Verb> {
         let settings = &self.settings;
-        Ok(match image {
-            Image::Directory { path, parent } => {
-                let work = settings.work.clone();
-                fs::create_dir_all(&work).map_err(ShimError::io(format!("make {}", work.display())))?;
-                Verb::Restore(Restore {
-                    image: path.clone(),
-                    work,
-                    parent: parent.clone(),
-                    bundle: self.bundle.clone(),
-                    pid_file: pid_file.to_owned(),
-                    console,
-                    no_pivot: settings.no_pivot,
-                })
-            }
-            Image::Incoming(incoming) => Verb::MigrateTarget(MigrateTarget {
-                incoming: incoming.clone(),
-                work: bundle::make_migration_work(&self.bundle)?,
-                bundle: self.bundle.clone(),
-                pid_file: pid_file.to_owned(),
-                console,
-                events: self.follow_incoming()?,
-            }),
-        })
-    }
-
-    fn follow_incoming(self: &Arc<Self>) -> Result<OwnedFd> {
-        let (reader, writer) = std::io::pipe().map_err(ShimError::io("make a pipe"))?;
-        self.watch_incoming(reader.into())?;
-        Ok(writer.into())
+        let work = settings.work.clone();
+        fs::create_dir_all(&work).map_err(ShimError::io(format!("make {}", work.display())))?;
+        Ok(Verb::Restore(Restore {
+            image: path.to_owned(),
+            work,
+            parent: parent.cloned(),
+            bundle: self.bundle.clone(),
+            pid_file: pid_file.to_owned(),
+            console,
+            no_pivot: settings.no_pivot,
+        }))
     }
 }
 

@@ -16,18 +16,32 @@ pub(super) enum Heard {
     Accepted(Box<Accept>),
 }
 
-/// Reads until the link ends, and tells `tell` what comes. `tell` returns whether anybody still listens.
-pub(super) fn listen(mut link: ReceiveHalf, tell: impl Fn(Heard) -> bool) {
+/// Reads until the link with `peer` ends, and tells `tell` what comes. `tell` returns whether anybody still listens.
+///
+/// Whatever goes wrong is told with the peer's address and where to look further: the target can say nothing
+/// more itself.
+pub(super) fn listen(mut link: ReceiveHalf, peer: &str, tell: impl Fn(Heard) -> bool) {
+    let mut speaker = "agent";
     loop {
         let heard = match link.receive() {
             Ok(Message::Accept(accept)) => Heard::Accepted(accept),
-            Ok(message) => Heard::Event(Event::Peer(event_of(message))),
+            Ok(message) => {
+                if matches!(message, Message::Ready { .. }) {
+                    speaker = "worker";
+                }
+                Heard::Event(Event::Peer(event_of(message)))
+            }
             Err(LinkError::Wire(error)) => {
-                tell(Heard::Event(Event::Peer(PeerEvent::Nonsense { what: error.to_string() })));
+                let what = format!("{peer} sent what no `godwit agent` of this release sends: {error}");
+                tell(Heard::Event(Event::Peer(PeerEvent::Nonsense { what })));
                 return;
             }
             Err(error) => {
-                tell(Heard::Event(Event::LinkLost { cause: causes(&error) }));
+                let cause = format!(
+                    "the target's {speaker} at {peer} is gone ({}): see the log of `godwit agent` there",
+                    causes(&error)
+                );
+                tell(Heard::Event(Event::LinkLost { cause }));
                 return;
             }
         };

@@ -53,10 +53,13 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
 
     pub(super) fn attach(&mut self, link: Link) {
         let breaker = link.breaker();
+        let request = &self.order.request;
+        let asked = || format!("{}:{}", request.host, request.port);
+        let peer = link.peer().map_or_else(|_| asked(), |address| address.to_string());
         let (send, receive) = link.split();
         let news = self.teller.clone();
         thread::spawn(move || {
-            listen(receive, |heard| {
+            listen(receive, &peer, |heard| {
                 let heard = match heard {
                     Heard::Event(event) => News::Event(event),
                     Heard::Accepted(accept) => News::Accepted(accept),

@@ -30,7 +30,7 @@ use godwit_protocol::{
 };
 
 use super::{
-    Claim, Seat, blobs,
+    Claim, SOCKET_SUFFIX, Seat, blobs,
     connection::{ConnectionError, decline},
     streams::Entry,
 };
@@ -300,7 +300,7 @@ struct IncomingSocket {
 
 impl IncomingSocket {
     fn bind(directory: &Path, arrival: &Arrival) -> Result<Self, NodeError> {
-        let path = directory.join(format!("{}.sock", arrival.offer().migration));
+        let path = directory.join(format!("{}.{SOCKET_SUFFIX}", arrival.offer().migration));
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(NodeError::file("replace", &path)(error));

@@ -253,3 +253,15 @@ fn seats_and_names_are_given_back() {
     drop(seats);
     assert!(Seat::take(&host.shared).is_some());
 }
+
+#[test]
+fn sockets_of_a_killed_agent_go_and_records_stay() {
+    let directory = tempfile::tempdir().unwrap();
+    for name in ["m.sock", "m.fate", "m.journal"] {
+        fs::write(directory.path().join(name), "").unwrap();
+    }
+    remove_dead_sockets(directory.path());
+    let names: HashSet<_> =
+        fs::read_dir(directory.path()).unwrap().flatten().map(|file| file.file_name()).collect();
+    assert_eq!(names, HashSet::from(["m.fate", "m.journal"].map(Into::into)));
+}

@@ -4,6 +4,7 @@ use std::{
     env,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
 };
 
 use containerd_client::services::v1::{
@@ -15,6 +16,7 @@ use containerd_client::services::v1::{
     tasks_client::TasksClient,
 };
 use godwit_protocol::offer::{Image, Offer};
+use godwit_sys::{mount::Mounted, mountns};
 use nix::sys::statvfs::statvfs;
 
 use super::{paths, preflight::Observed};
@@ -158,14 +160,39 @@ fn in_path(binary: &str) -> bool {
     if binary.starts_with('/') {
         return Path::new(binary).is_file();
     }
-    let path = env::var_os("PATH").unwrap_or_default();
     // containerd puts this directory in front of its own path.
-    let own = PathBuf::from("/opt/containerd/bin");
-    env::split_paths(&path).chain([own]).any(|directory| directory.join(binary).is_file())
+    find_in_path(binary).is_some() || Path::new("/opt/containerd/bin").join(binary).is_file()
+}
+
+fn find_in_path(binary: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).map(|directory| directory.join(binary)).find(|file| file.is_file())
 }
 
 /// Returns what `criu check` complains of, if it does.
+///
+/// CRIU makes directories in `/tmp` when it looks at a kernel for the first time. It does so in a mount namespace
+/// of its own, where `/tmp` is in memory: a migration writes nothing to storage.
 fn criu_complaint() -> Option<String> {
+    let checking = thread::spawn(|| {
+        if let Err(error) = mountns::enter_private().and_then(|()| cover_tmp()) {
+            log::warn!("`criu check` writes to /tmp: {error}");
+        }
+        check_criu()
+    });
+    checking.join().unwrap_or_else(|_| Some("it could not be run".to_owned()))
+}
+
+/// Puts an empty tmpfs on `/tmp`, unless CRIU itself is there. It goes with the mount namespace.
+fn cover_tmp() -> godwit_sys::Result<()> {
+    let directory = Path::new("/tmp");
+    if find_in_path("criu").is_some_and(|criu| criu.starts_with(directory)) {
+        return Ok(());
+    }
+    Mounted::tmpfs(directory, TMP_SIZE_BYTES).map(|mounted| drop(mounted.keep()))
+}
+
+fn check_criu() -> Option<String> {
     let output = Command::new("criu").arg("check").stdin(Stdio::null()).output();
     match output {
         Ok(output) if output.status.success() => None,
@@ -183,6 +210,9 @@ fn disk_available_bytes(root: &Path) -> Option<u64> {
     let stat = statvfs(root).ok()?;
     Some(stat.blocks_available().saturating_mul(stat.fragment_size()))
 }
+
+/// Room for directories; CRIU keeps no content there.
+const TMP_SIZE_BYTES: u64 = 1 << 20;
 
 #[cfg(test)]
 mod tests {

@@ -1,3 +1,5 @@
+//! Every reason for which a target declines an offer, one at a time on an offer that is otherwise fine.
+
 use godwit_protocol::{
     Mode,
     offer::{Blob, ContainerRecord, Descriptor, Image, Needs, Runtime, Snapshot, Stdio, TypedBytes},
