@@ -4,6 +4,8 @@
 //! never seen through a reference: words go in and out as relaxed atomics. Probes use it (does the kernel
 //! track writes at all?), and so do programs whose memory is what a test is about.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -25,7 +27,22 @@ pub enum Advice {
     PageOut,
 }
 
-/// A private anonymous mapping, unmapped on drop.
+/// What stands behind an arena.
+#[derive(Debug, Clone, Copy)]
+pub enum Backing<'a> {
+    /// Memory of this process alone.
+    Private,
+    /// Memory that children have in common with it.
+    Shared,
+    /// As [`Backing::Private`], out of the pool of huge pages (hugetlbfs).
+    Huge,
+    /// A file, as far as the arena is long; it has to be at least that long.
+    File(&'a File),
+    /// A System V segment of its own, which stays until its IPC namespace goes.
+    SystemV,
+}
+
+/// A mapping, private and anonymous unless asked for otherwise, unmapped on drop.
 #[derive(Debug)]
 pub struct Arena {
     base: NonNull<AtomicU64>,
@@ -43,17 +60,47 @@ impl Arena {
     /// # Errors
     /// [`SysError::Call`].
     pub fn map(bytes: u64) -> Result<Self> {
-        let bytes = bytes.max(1).checked_next_multiple_of(PAGE_BYTES);
+        Self::map_on(Backing::Private, bytes)
+    }
+
+    /// Maps `bytes` bytes of `backing`, rounded up to whole pages (at least one), or huge pages.
+    ///
+    /// # Errors
+    /// [`SysError::Call`], with `ENOMEM` when the pool of huge pages has not so many.
+    pub fn map_on(backing: Backing<'_>, bytes: u64) -> Result<Self> {
+        let unit = if matches!(backing, Backing::Huge) { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+        let bytes = bytes.max(1).checked_next_multiple_of(unit);
         let bytes = bytes.ok_or(SysError::Call { call: "mmap", errno: Errno::ENOMEM })?;
         let length = to_usize(bytes)?;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let (flags, fd) = match backing {
+            Backing::Private => (private | libc::MAP_NORESERVE, -1),
+            Backing::Shared => (libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1),
+            // Reserved, so that a lack of huge pages shows here and not as a fatal signal later.
+            Backing::Huge => (private | libc::MAP_HUGETLB, -1),
+            Backing::File(file) => (libc::MAP_SHARED, file.as_raw_fd()),
+            Backing::SystemV => return Self::attach(bytes, length),
+        };
         // SAFETY: without an address the kernel picks a free place, so no other memory is touched.
-        let base = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, -1, 0) };
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, fd, 0) };
         if base == libc::MAP_FAILED {
             return Err(SysError::Call { call: "mmap", errno: Errno::last() });
         }
         let base = NonNull::new(base.cast()).ok_or(SysError::Call { call: "mmap", errno: Errno::EFAULT })?;
+        Ok(Self { base, bytes })
+    }
+
+    fn attach(bytes: u64, length: usize) -> Result<Self> {
+        // SAFETY: a new segment is made, and no memory of this process is involved.
+        let id = unsafe { libc::shmget(libc::IPC_PRIVATE, length, libc::IPC_CREAT | 0o600) };
+        let id = Errno::result(id).map_err(SysError::call("shmget"))?;
+        // SAFETY: without an address the kernel picks a free place, so no other memory is touched.
+        let base = unsafe { libc::shmat(id, std::ptr::null(), 0) };
+        if base.addr() == usize::MAX {
+            return Err(SysError::Call { call: "shmat", errno: Errno::last() });
+        }
+        let base = NonNull::new(base.cast()).ok_or(SysError::Call { call: "shmat", errno: Errno::EFAULT })?;
         Ok(Self { base, bytes })
     }
 
@@ -192,9 +239,30 @@ fn to_usize(bytes: u64) -> Result<usize> {
     usize::try_from(bytes).map_err(|_| SysError::Call { call: "mmap", errno: Errno::ENOMEM })
 }
 
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_shared_is_seen_through_every_mapping_of_it() {
+        let file = crate::memfd::create(c"arena").unwrap();
+        file.set_len(2 * PAGE_BYTES).unwrap();
+        let [one, other] = [(); 2].map(|()| Arena::map_on(Backing::File(&file), 2 * PAGE_BYTES).unwrap());
+        one.store(512, 7);
+        assert_eq!((other.load(512), other.load(0)), (7, 0));
+    }
+
+    #[test]
+    fn memory_of_every_kind_is_zero_and_can_be_written() {
+        for backing in [Backing::Private, Backing::Shared, Backing::SystemV] {
+            let arena = Arena::map_on(backing, 2 * PAGE_BYTES).unwrap();
+            assert_eq!(arena.load(1023), 0);
+            arena.store(1023, 9);
+            assert_eq!(arena.load(1023), 9, "{backing:?}");
+        }
+    }
 
     #[test]
     fn words_survive_a_move_and_go_with_a_discard() {

@@ -18,6 +18,7 @@
 //! - [`userfaultfd`], [`pagemap_scan`]: page faults and written pages of an address space
 //! - [`inject`], [`foreign_memory`], [`foreign_fd`]: a userfaultfd, memory and descriptors of another process
 //! - [`seccomp_notify`], [`foreign_scan`]: a page scan of a child, answered in the kernel's place
+//! - [`seccomp_deny`]: system calls refused, to see how a program does without them
 //! - [`arena`], [`window`], [`page_range`]: memory that the kernel changes, memory it copies from, addresses
 
 pub mod arena;
@@ -40,6 +41,7 @@ pub mod page_range;
 pub mod pagemap_scan;
 pub mod pidfd;
 pub mod process;
+pub mod seccomp_deny;
 pub mod seccomp_notify;
 pub mod signals;
 pub mod spawn;
