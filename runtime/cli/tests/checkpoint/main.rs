@@ -11,6 +11,7 @@ mod bed;
 mod failure;
 mod hold;
 mod interchange;
+mod lazy;
 mod preflight;
 mod round_trip;
 mod terminal;
