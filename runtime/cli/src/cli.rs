@@ -80,6 +80,8 @@ pub(crate) enum Command {
     Spec(commands::spec::Spec),
     Features(commands::features::Features),
     Migrate(Box<commands::migrate::Migrate>),
+    Status(commands::status::Status),
+    Cancel(commands::status::Cancel),
     #[command(hide = true)]
     MigrateSource(Box<commands::migrate_source::MigrateSource>),
     #[command(hide = true)]

@@ -35,6 +35,9 @@ pub(crate) enum CliError {
     /// A migration's source worker failed.
     #[error(transparent)]
     Migration(#[from] godwit_protocol::Failure),
+    /// There is no migration to ask about, or the shim that runs it does not answer.
+    #[error("{0}")]
+    Status(String),
     /// An argument does not make sense.
     #[error("{0}")]
     Usage(String),

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
 use crate::phase::Phase;
-use crate::report::Report;
+use crate::report::{Report, Round};
 use crate::request::{MigrationId, Mode};
 
 /// A line from a worker to its shim.
@@ -74,6 +74,9 @@ pub struct Snapshot {
     pub expected_bytes: u64,
     /// Bytes a second, over the last second.
     pub rate_bytes_per_s: u64,
+    /// The latest round of pre-copy that ended, if any has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub round: Option<Round>,
     /// How it ended, once it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,

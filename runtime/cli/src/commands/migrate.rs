@@ -32,7 +32,9 @@ use crate::error::{CliError, Result};
 
 use outcome::{Outcome, Stopped};
 use progress::Progress;
-use shim::Shim;
+
+pub(super) use progress::line;
+pub(super) use shim::Shim;
 
 /// Move a running container to another host
 ///
@@ -145,8 +147,8 @@ impl Migrate {
     }
 
     fn migrate(&self, request: &MigrationRequest, migration: &MigrationId) -> Result<Outcome, Stopped> {
-        let address = self.address();
-        let namespace = self.namespace();
+        let address = self.address_of_containerd();
+        let namespace = namespace_or_default(self.namespace.as_deref());
         let source =
             Source::open(&address, &namespace, &self.id).map_err(|error| Stopped::untouched(&error))?;
         let address_file = godwit_api::address_file(&namespace, &self.id);
@@ -192,18 +194,19 @@ impl Migrate {
         })
     }
 
-    fn address(&self) -> PathBuf {
+    fn address_of_containerd(&self) -> PathBuf {
         let of_environment = || std::env::var_os("CONTAINERD_ADDRESS").filter(|value| !value.is_empty());
         self.address
             .clone()
             .or_else(|| of_environment().map(PathBuf::from))
             .unwrap_or_else(|| PathBuf::from(DEFAULT_ADDRESS))
     }
+}
 
-    fn namespace(&self) -> String {
-        let of_environment = || std::env::var("CONTAINERD_NAMESPACE").ok().filter(|value| !value.is_empty());
-        self.namespace.clone().or_else(of_environment).unwrap_or_else(|| "default".to_owned())
-    }
+/// Returns containerd's namespace: what was given, or what the environment or containerd's clients take.
+pub(super) fn namespace_or_default(given: Option<&str>) -> String {
+    let of_environment = || std::env::var("CONTAINERD_NAMESPACE").ok().filter(|value| !value.is_empty());
+    given.map(str::to_owned).or_else(of_environment).unwrap_or_else(|| "default".to_owned())
 }
 
 /// Finds everything that is in the way without asking the shim, and the shim.

@@ -22,6 +22,7 @@ pub(crate) mod run;
 pub(crate) mod spec;
 pub(crate) mod start;
 pub(crate) mod state;
+pub(crate) mod status;
 pub(crate) mod update;
 mod worker_events;
 
@@ -59,6 +60,8 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Spec(verb) => verb.run(),
         Command::Features(verb) => verb.run(),
         Command::Migrate(verb) => verb.run(),
+        Command::Status(verb) => verb.run(),
+        Command::Cancel(verb) => verb.run(),
         Command::MigrateSource(verb) => verb.run(&store),
         Command::MigrateTarget(verb) => verb.run(&store, globals),
         Command::Agent(verb) => verb.run(),

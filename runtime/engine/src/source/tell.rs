@@ -93,6 +93,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
             sent_bytes,
             expected_bytes: self.expected_bytes.max(sent_bytes),
             rate_bytes_per_s: self.rate.sample(now, sent_bytes),
+            round: self.round,
             ended: None,
         };
         self.told_at = now;

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use godwit_protocol::Phase;
 use godwit_protocol::offer::{self, Accept};
 use godwit_protocol::plan::{Abilities, Plan};
-use godwit_protocol::report::{Outcome, Tick};
+use godwit_protocol::report::{Outcome, Round, Tick};
 use godwit_protocol::source::{Action, End, Event, PeerEvent, Source, Step};
 use godwit_protocol::worker::{self, Command};
 
@@ -87,6 +87,8 @@ pub(super) struct Worker<C: Checkpointer, T> {
     pub(super) rate: Rate,
     pub(super) told_at: Tick,
     pub(super) phase: Option<(Phase, Tick)>,
+    /// The latest round that ended.
+    pub(super) round: Option<Round>,
     pub(super) moved_at: Tick,
 }
 
@@ -116,6 +118,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
             rate: Rate::default(),
             told_at: Tick::default(),
             phase: None,
+            round: None,
             moved_at: Tick::default(),
         }
     }
@@ -140,6 +143,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
     fn take(&mut self, step: Step) -> Source {
         let Step { state, actions } = step;
         let phase = state.phase();
+        self.round = state.rounds().last().copied();
         if self.phase.is_none_or(|(before, _)| before != phase) {
             self.log_phase(Some(phase));
             self.tell_progress(phase);

@@ -3,6 +3,7 @@
 use std::io::{self, IsTerminal};
 
 use godwit_protocol::Phase;
+use godwit_protocol::report::Round;
 use godwit_protocol::worker::Snapshot;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -10,10 +11,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 pub(super) enum Progress {
     /// Nowhere.
     Silent,
-    /// A line whenever the phase changes.
+    /// A line whenever the phase changes, or a round ends.
     Lines {
-        /// The phase that was shown last.
-        shown: Option<Phase>,
+        /// The phase and the round that were shown last.
+        shown: Option<(Phase, Option<u32>)>,
     },
     /// A bar that is drawn over itself.
     Bar(ProgressBar),
@@ -36,10 +37,11 @@ impl Progress {
         match self {
             Self::Silent => {}
             Self::Lines { shown } => {
+                let now = (snapshot.phase, snapshot.round.map(|round| round.round));
                 // Its end is told by what is printed after it.
-                if *shown != Some(snapshot.phase) && snapshot.ended.is_none() {
-                    *shown = Some(snapshot.phase);
-                    eprintln!("{}: {}", words(snapshot.phase), figures(snapshot));
+                if *shown != Some(now) && snapshot.ended.is_none() {
+                    *shown = Some(now);
+                    eprintln!("{}", line(snapshot));
                 }
             }
             Self::Bar(bar) => {
@@ -95,6 +97,21 @@ fn words(phase: Phase) -> &'static str {
     }
 }
 
+/// Returns how far a migration is, in one line.
+pub(in crate::commands) fn line(snapshot: &Snapshot) -> String {
+    format!("{}: {}", words(snapshot.phase), figures(snapshot))
+}
+
+/// Returns what the rounds have shown.
+fn round_in_words(round: &Round) -> String {
+    format!(
+        "round {}: {} sent, down for {:.0} ms if it stopped now",
+        round.round,
+        bytes(round.bytes),
+        round.expected_downtime_ms
+    )
+}
+
 /// Returns bytes, rate and time left, as far as they are known.
 fn figures(snapshot: &Snapshot) -> String {
     let Snapshot { sent_bytes, expected_bytes, rate_bytes_per_s, .. } = *snapshot;
@@ -109,6 +126,10 @@ fn figures(snapshot: &Snapshot) -> String {
             let left_s = (expected_bytes - sent_bytes).div_ceil(rate_bytes_per_s);
             text = format!("{text}, {left_s} s left");
         }
+    }
+    // A round's downtime is known once the scan after it has been made.
+    if let Some(ended) = snapshot.round.filter(|round| round.expected_downtime_ms > 0.0) {
+        text = format!("{text}; {}", round_in_words(&ended));
     }
     text
 }
@@ -157,6 +178,7 @@ mod tests {
             migration: "m".to_owned().try_into().unwrap(),
             id: "web".to_owned(),
             mode: Mode::Native,
+            round: None,
             phase: Phase::Frozen,
             elapsed_ms: 0,
             sent_bytes: 1 << 20,

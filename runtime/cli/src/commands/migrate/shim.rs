@@ -10,7 +10,7 @@ use tokio::runtime::{Builder, Runtime};
 use ttrpc::context;
 
 /// A connection to the shim of one container.
-pub(super) struct Shim {
+pub(in crate::commands) struct Shim {
     runtime: Runtime,
     client: MigrateClient,
     namespace: String,
@@ -22,7 +22,7 @@ impl Shim {
     ///
     /// # Errors
     /// A fragment that says why there is no such shim.
-    pub(super) fn of(address_file: &Path) -> Result<Self, String> {
+    pub(in crate::commands) fn of(address_file: &Path) -> Result<Self, String> {
         let part = |path: Option<&std::ffi::OsStr>| path.unwrap_or_default().to_string_lossy().into_owned();
         let (id, namespace) =
             (part(address_file.file_name()), part(address_file.parent().and_then(Path::file_name)));
@@ -43,7 +43,7 @@ impl Shim {
     ///
     /// # Errors
     /// A text if the shim does not answer, or not as agreed.
-    pub(super) fn status(&self) -> Result<Option<Snapshot>, String> {
+    pub(in crate::commands) fn status(&self) -> Result<Option<Snapshot>, String> {
         let request = StatusRequest {
             namespace: self.namespace.clone(),
             id: self.id.clone(),
@@ -63,7 +63,7 @@ impl Shim {
     ///
     /// # Errors
     /// A text if the shim refuses or does not answer.
-    pub(super) fn cancel(&self) -> Result<(), String> {
+    pub(in crate::commands) fn cancel(&self) -> Result<(), String> {
         let request = CancelRequest {
             namespace: self.namespace.clone(),
             id: self.id.clone(),
