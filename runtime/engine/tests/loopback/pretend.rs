@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use godwit_engine::Cause;
-use godwit_engine::source::{Checkpointer, Dumping, Verdict};
+use godwit_engine::source::{self, Checkpointer, Dumping, Verdict};
+use godwit_memory::hide::Hidden;
+use godwit_protocol::plan::Abilities;
 
 /// How the tasks of one side are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +75,17 @@ pub(crate) struct PretendedDump {
 impl Checkpointer for PretendedCheckpointer {
     type Dump = PretendedDump;
 
-    fn prepare(&mut self, images: &Path) -> Result<PretendedDump, Cause> {
+    /// Its pages travel in its images: there are no tasks whose memory could be followed.
+    fn abilities(&self) -> Abilities {
+        Abilities { cannot_hide: Some("the tasks are pretended".to_owned()), ..Abilities::default() }
+    }
+
+    fn tasks(&self) -> Result<Box<dyn source::Tasks>, Cause> {
+        Err("the tasks are pretended".into())
+    }
+
+    fn prepare(&mut self, images: &Path, hidden: Option<&Hidden>) -> Result<PretendedDump, Cause> {
+        assert!(hidden.is_none(), "nothing can be hidden here");
         Ok(PretendedDump { images: images.to_owned(), tasks: self.tasks.clone(), fails: self.fails })
     }
 

@@ -17,7 +17,12 @@ pub(crate) struct PretendedRestorer {
 }
 
 impl Restorer for PretendedRestorer {
-    fn restore(&self, images: &Path, decide: impl FnOnce() -> Word) -> Result<i32, Cause> {
+    fn work_path(&self) -> &Path {
+        unreachable!("only a server of page faults is looked for there")
+    }
+
+    fn restore(&self, images: &Path, lazy_pages: bool, decide: impl FnOnce() -> Word) -> Result<i32, Cause> {
+        assert!(!lazy_pages, "the pages are in the images");
         *self.got.lock().expect("no thread panicked") = fs::read(images.join("pages-1.img"))?;
         assert_eq!(fs::read(images.join("inventory.img"))?, b"inventory");
         if self.fails {

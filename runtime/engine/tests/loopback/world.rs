@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 use std::{fs, io};
 
 use godwit_engine::decision::{DecisionError, Record};
@@ -18,6 +19,7 @@ use godwit_protocol::failure::Fate;
 use godwit_protocol::offer::{
     Accept, ContainerRecord, Descriptor, Image, Needs, NodeFacts, Offer, Runtime, Stdio, TypedBytes,
 };
+use godwit_protocol::plan::Abilities;
 use godwit_protocol::source::End;
 use godwit_protocol::wire::message::Step;
 use godwit_protocol::wire::{Message, Reject, RejectCode};
@@ -101,6 +103,7 @@ impl World {
             },
             migration: "m".to_owned().try_into().unwrap(),
             rootfs: rootfs.clone(),
+            fixed: Duration::ZERO,
         };
         let container = PretendedCheckpointer::new(self.sides.0.clone(), rootfs, self.plan.dump_fails);
         let origin = PretendedOrigin { dry_run: self.plan.dry_run, cleaned_up: Arc::clone(&self.cleaned_up) };
@@ -226,7 +229,11 @@ impl Agent {
             return Ok(link.send(&Message::Reject(Reject::new(RejectCode::NameTaken, detail)))?);
         }
         let missing = vec![DIGEST.to_owned()];
-        link.send(&Message::Accept(Box::new(Accept { missing, target: facts() })))?;
+        link.send(&Message::Accept(Box::new(Accept {
+            missing,
+            target: facts(),
+            abilities: Abilities::default(),
+        })))?;
         if dry_run {
             return Ok(());
         }
@@ -260,6 +267,7 @@ impl Agent {
             id: "web".to_owned(),
             mode: Mode::Native,
             needs: Needs::default(),
+            streams: None,
             records: self.directory.join("records"),
             link: link.state(),
         };
@@ -365,6 +373,8 @@ impl Origin for PretendedOrigin {
             },
             stdio: Stdio::default(),
             needs: Needs::default(),
+            abilities: Abilities::default(),
+            streams: 0,
         })
     }
 
