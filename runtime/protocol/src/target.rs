@@ -14,6 +14,8 @@
 //! Resuming --Failed--> Aborting
 //! Recording --Recorded [in images]--> Done
 //! Recording --Recorded [ours]--> Filling
+//! Recording --Recorded [filled]--> Done
+//! Recording --Recorded [link lost]--> Stranded
 //! Recording --Barred--> Aborting
 //! Recording --Failed--> Aborting
 //! Filling --Filled--> Done
@@ -63,13 +65,21 @@ enum State {
     Receiving { final_applied: bool },
     Restoring,
     Holding,
-    Deciding,
-    Resuming,
-    Recording { pid: i32 },
+    Deciding { early: Early },
+    Resuming { early: Early },
+    Recording { pid: i32, early: Early },
     Filling { pid: i32 },
     Stranded { pid: i32 },
     Aborting { failure: Failure },
     Done { end: End },
+}
+
+/// What came before the record could say that the container runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Early {
+    /// A small container has all of its pages before the record is written.
+    filled: Option<TargetMemory>,
+    link_lost: bool,
 }
 
 /// How it ended.
@@ -260,8 +270,8 @@ impl State {
             Self::Receiving { .. } => "Receiving",
             Self::Restoring => "Restoring",
             Self::Holding => "Holding",
-            Self::Deciding => "Deciding",
-            Self::Resuming => "Resuming",
+            Self::Deciding { .. } => "Deciding",
+            Self::Resuming { .. } => "Resuming",
             Self::Recording { .. } => "Recording",
             Self::Filling { .. } => "Filling",
             Self::Stranded { .. } => "Stranded",
@@ -275,7 +285,7 @@ impl State {
             Self::CopyingRootfs => Phase::CopyingRootfs,
             Self::Receiving { .. } => Phase::Frozen,
             Self::Restoring | Self::Holding => Phase::Restoring,
-            Self::Deciding | Self::Resuming | Self::Recording { .. } => Phase::Committing,
+            Self::Deciding { .. } | Self::Resuming { .. } | Self::Recording { .. } => Phase::Committing,
             Self::Filling { .. } | Self::Stranded { .. } => Phase::Filling,
             Self::Aborting { failure } => failure.phase,
             Self::Done { .. } => Phase::Done,
@@ -289,8 +299,8 @@ impl State {
             Self::Restoring => Some(RESTORE_MAX),
             Self::Holding => Some(HOLD_MAX),
             Self::Stranded { .. } => Some(STRANDED_MAX),
-            Self::Deciding
-            | Self::Resuming
+            Self::Deciding { .. }
+            | Self::Resuming { .. }
             | Self::Recording { .. }
             | Self::Filling { .. }
             | Self::Aborting { .. }
@@ -303,7 +313,9 @@ type Next = (State, Vec<Action>);
 
 fn next(state: State, fills: bool, event: Event) -> Next {
     match state {
-        State::Deciding | State::Resuming | State::Recording { .. } => decided(state, fills, event),
+        State::Deciding { .. } | State::Resuming { .. } | State::Recording { .. } => {
+            decided(state, fills, event)
+        }
         State::Filling { pid } | State::Stranded { pid } => filling(state, pid, event),
         State::Aborting { failure } => aborting(failure, event),
         State::Done { end } => (State::Done { end }, vec![]),
@@ -335,7 +347,9 @@ fn go_on(state: State, event: &Event) -> Next {
             abort(&state, Side::Source, cause, true)
         }
         (State::Restoring, Event::Held) => (State::Holding, vec![Action::SendRestored]),
-        (State::Holding, Event::Commit) => (State::Deciding, vec![Action::Record(Decision::Committed)]),
+        (State::Holding, Event::Commit) => {
+            (State::Deciding { early: Early::default() }, vec![Action::Record(Decision::Committed)])
+        }
         (state, Event::Commit) => {
             let cause = format!("the source committed while the target was {}", state.label());
             abort(&state, Side::Source, cause, true)
@@ -363,34 +377,61 @@ fn give_up(state: &State, event: &Event) -> Option<Next> {
 /// From the decision on: the link does not matter any more, only the record and the container.
 fn decided(state: State, fills: bool, event: Event) -> Next {
     match (state, event) {
-        (State::Deciding, Event::Recorded(Decision::Committed)) => (State::Resuming, vec![Action::Resume]),
-        (State::Resuming, Event::Running { pid }) => {
+        (State::Deciding { early }, Event::Recorded(Decision::Committed)) => {
+            (State::Resuming { early }, vec![Action::Resume])
+        }
+        (State::Resuming { early }, Event::Running { pid }) => {
             let decision = if fills { Decision::Filling } else { Decision::Resumed };
-            (State::Recording { pid }, vec![Action::Record(decision)])
+            (State::Recording { pid, early }, vec![Action::Record(decision)])
         }
-        (State::Recording { pid }, Event::Recorded(Decision::Filling)) if fills => {
-            (State::Filling { pid }, vec![Action::ReportResumed { pid }])
+        (State::Recording { pid, early }, Event::Recorded(Decision::Filling)) if fills => {
+            let (state, mut actions) = match early {
+                Early { filled: Some(memory), .. } => filled(pid, memory),
+                Early { link_lost: true, .. } => (State::Stranded { pid }, vec![Action::DropLink]),
+                Early { .. } => (State::Filling { pid }, vec![]),
+            };
+            actions.insert(0, Action::ReportResumed { pid });
+            (state, actions)
         }
-        (State::Recording { pid }, Event::Recorded(Decision::Resumed)) if !fills => {
+        (State::Recording { pid, .. }, Event::Recorded(Decision::Resumed)) if !fills => {
             (State::Done { end: End::Resumed { pid } }, vec![Action::ReportResumed { pid }])
         }
-        (state @ (State::Deciding | State::Recording { .. }), Event::Recorded(_)) => {
+        (state @ (State::Deciding { .. } | State::Recording { .. }), Event::Recorded(_)) => {
             let cause = "the source asked before the commit came, and was told that it may go on".to_owned();
             abort(&state, Side::Target, cause, true)
         }
         (state, Event::Failed { cause }) => abort(&state, Side::Target, cause, true),
-        (state, _) => (state, vec![]),
+        (mut state, event) => {
+            if let State::Deciding { early } | State::Resuming { early } | State::Recording { early, .. } =
+                &mut state
+            {
+                early.note(&event);
+            }
+            (state, vec![])
+        }
     }
+}
+
+impl Early {
+    fn note(&mut self, event: &Event) {
+        match event {
+            Event::Filled(memory) => self.filled = Some(*memory),
+            Event::LinkLost { .. } | Event::Abort { .. } | Event::Nonsense { .. } => self.link_lost = true,
+            _ => {}
+        }
+    }
+}
+
+fn filled(pid: i32, memory: TargetMemory) -> Next {
+    // The record first: if the word to the source is lost, the record's answer is the same.
+    let actions = vec![Action::Record(Decision::Resumed), Action::ReportFilled(memory)];
+    (State::Done { end: End::Resumed { pid } }, actions)
 }
 
 /// The container runs, and pages are put in place behind it.
 fn filling(state: State, pid: i32, event: Event) -> Next {
     let cause = match (&state, event) {
-        (_, Event::Filled(memory)) => {
-            // The record first: if the word to the source is lost, the record's answer is the same.
-            let actions = vec![Action::Record(Decision::Resumed), Action::ReportFilled(memory)];
-            return (State::Done { end: End::Resumed { pid } }, actions);
-        }
+        (_, Event::Filled(memory)) => return filled(pid, memory),
         (_, Event::Rejoined) => return (State::Filling { pid }, vec![Action::SendLacking]),
         (_, Event::Failed { cause }) => cause,
         (State::Filling { .. }, Event::LinkLost { .. } | Event::Abort { .. } | Event::Nonsense { .. }) => {

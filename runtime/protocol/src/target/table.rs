@@ -17,6 +17,8 @@ const TRANSITIONS: &[(&str, &str, &str, &str, &[&str])] = &[
     ("Resuming", "Failed", "", "Aborting", &["Undo"]),
     ("Recording", "Recorded", "in images", "Done", &["ReportResumed"]),
     ("Recording", "Recorded", "ours", "Filling", &["ReportResumed"]),
+    ("Recording", "Recorded", "filled", "Done", &["ReportResumed", "Record", "ReportFilled"]),
+    ("Recording", "Recorded", "link lost", "Stranded", &["ReportResumed", "DropLink"]),
     ("Recording", "Barred", "", "Aborting", &["Undo"]),
     ("Recording", "Failed", "", "Aborting", &["Undo"]),
     ("Filling", "Filled", "", "Done", &["Record", "ReportFilled"]),
@@ -55,10 +57,19 @@ fn holds(guard: &str, state: &State, fills: bool) -> bool {
     match guard {
         "" => true,
         "in images" => !fills,
-        "ours" => fills,
+        "ours" => fills && early(state) == Some(Early::default()),
+        "filled" => fills && early(state).is_some_and(|early| early.filled.is_some()),
+        "link lost" => fills && early(state) == Some(Early { filled: None, link_lost: true }),
         "first" => matches!(state, State::Receiving { final_applied: false }),
         "files final" => matches!(state, State::Receiving { final_applied: true }),
         other => panic!("nobody knows when [{other}] holds"),
+    }
+}
+
+fn early(state: &State) -> Option<Early> {
+    match state {
+        State::Recording { early, .. } => Some(*early),
+        _ => None,
     }
 }
 
@@ -70,15 +81,20 @@ fn states() -> Vec<State> {
         fate: Fate::RunningOnSource,
         cause: "no".to_owned(),
     };
+    let early = Early::default();
+    let filled = Some(TargetMemory::default());
     vec![
         State::CopyingRootfs,
         State::Receiving { final_applied: false },
         State::Receiving { final_applied: true },
         State::Restoring,
         State::Holding,
-        State::Deciding,
-        State::Resuming,
-        State::Recording { pid: 7 },
+        State::Deciding { early },
+        State::Resuming { early },
+        State::Recording { pid: 7, early },
+        State::Recording { pid: 7, early: Early { filled, ..early } },
+        State::Recording { pid: 7, early: Early { link_lost: true, ..early } },
+        State::Recording { pid: 7, early: Early { link_lost: true, filled } },
         State::Filling { pid: 7 },
         State::Stranded { pid: 7 },
         State::Aborting { failure: failure() },
@@ -186,7 +202,8 @@ fn the_diagram_in_the_documentation_is_the_table() {
 #[test]
 fn the_record_says_filling_until_the_last_page_is_in_its_task() {
     for (fills, decision) in [(false, Decision::Resumed), (true, Decision::Filling)] {
-        let target = Target { state: State::Resuming, fills, entered: Tick(0) };
+        let state = State::Resuming { early: Early::default() };
+        let target = Target { state, fills, entered: Tick(0) };
         let step = target.step(Event::Running { pid: 7 }, Tick(1));
         assert_eq!(step.actions, [Action::Record(decision)]);
     }
@@ -205,4 +222,17 @@ fn every_round_has_its_time() {
     assert_eq!(target.deadline(), due(2));
     let target = target.step(Event::Applied(Pass::Final), Tick(3)).state;
     assert_eq!(target.deadline(), due(2));
+}
+
+#[test]
+fn what_comes_before_the_record_is_written_is_not_forgotten() {
+    let resuming =
+        || Target { state: State::Resuming { early: Early::default() }, fills: true, entered: Tick(0) };
+    let end = |early: Event| {
+        let target = resuming().step(early, Tick(1)).state.step(Event::Running { pid: 7 }, Tick(2)).state;
+        target.step(Event::Recorded(Decision::Filling), Tick(3)).state.label()
+    };
+    assert_eq!(end(Event::Filled(TargetMemory::default())), "Done");
+    assert_eq!(end(Event::LinkLost { cause: "gone".to_owned() }), "Stranded");
+    assert_eq!(end(Event::Held), "Filling");
 }
