@@ -69,6 +69,8 @@ pub struct CheckpointOptions {
     pub auto_dedup: bool,
     /// How cgroups are dumped.
     pub cgroups_mode: CgroupsMode,
+    /// Let CRIU log only errors and warnings, which is faster.
+    pub terse_log: bool,
     /// Memory that CRIU shall not see. It may be filled until [`Dump::run`] is called; [`Dump::hiding`] says
     /// whether it is used.
     pub hidden: Option<Hidden>,
@@ -91,6 +93,7 @@ impl CheckpointOptions {
             link_remap: false,
             auto_dedup: false,
             cgroups_mode: CgroupsMode::Soft,
+            terse_log: false,
             hidden: None,
         }
     }
@@ -253,6 +256,7 @@ fn request(stored: &Stored, pid: i32, options: &CheckpointOptions) -> Result<Req
         .file_locks(options.file_locks)
         .link_remap(options.link_remap)
         .auto_dedup(options.auto_dedup)
+        .terse_log(options.terse_log)
         .cgroups_mode(options.cgroups_mode)
         .empty_namespaces(external::EMPTY_NAMESPACES)
         .orphan_pts_master(true);

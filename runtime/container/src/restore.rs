@@ -89,6 +89,8 @@ pub struct RestoreOptions {
     pub lsm_mount_context: Option<String>,
     /// Where to ask `decide`.
     pub hold: Hold,
+    /// Let CRIU log only errors and warnings, which is faster.
+    pub terse_log: bool,
     /// Leave memory that can be restored lazily to the server of page faults that listens at
     /// `lazy-pages.socket` in the directory for logs. All of such memory: none of it may be in the images alone.
     pub lazy_pages: bool,
@@ -111,6 +113,7 @@ impl RestoreOptions {
             lsm_profile: None,
             lsm_mount_context: None,
             hold: Hold::PreResume,
+            terse_log: false,
             lazy_pages: false,
         }
     }
@@ -141,6 +144,17 @@ pub fn restore(
         answer
     });
     answer.inspect_err(|_| plan.undo(store))
+}
+
+/// Starts a CRIU for nothing but to probe the kernel, so that a restore that must be quick finds that done; see
+/// [`Session::features`].
+///
+/// # Errors
+/// When CRIU is missing, too old, or cannot tell.
+pub fn warm_up() -> Result<()> {
+    let mut session = Session::start(&Program::find()?, Setup::new())?;
+    session.features()?;
+    Ok(())
 }
 
 /// Everything that is known before anything is changed.
@@ -299,6 +313,7 @@ impl Plan {
             .shell_job(options.shell_job)
             .auto_dedup(options.auto_dedup)
             .lazy_pages(options.lazy_pages)
+            .terse_log(options.terse_log)
             .cgroups_mode(options.cgroups_mode);
         for (key, number) in inherited {
             criu = criu.inherit_fd(&key, number);

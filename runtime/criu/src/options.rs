@@ -79,6 +79,14 @@ impl Options {
         Ok(Self { message, log_path: work.join(log_name), directories })
     }
 
+    /// Lets CRIU log errors and warnings only. It makes a system call for every line, some two thousand for a small
+    /// container, and some for each mapping.
+    #[must_use]
+    pub fn terse_log(mut self, on: bool) -> Self {
+        self.message.log_level = Some(if on { LOG_LEVEL_TERSE } else { LOG_LEVEL });
+        self
+    }
+
     /// Where CRIU will write its log.
     pub fn log_path(&self) -> &Path {
         &self.log_path
@@ -356,3 +364,5 @@ impl Options {
 
 /// Debug output: a failure must be explainable from the log of the attempt that failed.
 const LOG_LEVEL: i32 = 4;
+/// Errors, which failures are explained with ([`crate::log_tail`]), and warnings.
+const LOG_LEVEL_TERSE: i32 = 2;

@@ -202,6 +202,9 @@ impl Session {
 
     /// Asks what can be done here; the session can be used on.
     ///
+    /// CRIU probes the kernel for that, which takes 20 to 60 ms, and where `/run` is in memory leaves what it found in
+    /// `/run/criu.kdat`: later requests, of other processes as well, are spared it until the next boot.
+    ///
     /// # Errors
     /// [`CriuError::Failed`] when CRIU cannot tell, and the errors of the socket.
     pub fn features(&mut self) -> Result<Features> {
