@@ -8,7 +8,13 @@
 //! amount at the bandwidth of the rounds, and the fixed cost of a freeze, dump and restore, which the caller knows
 //! from earlier moves.
 //!
-//! Rounds *converge* while each leaves clearly less to send than the one before ([`SHRINK`]).
+//! Rounds *converge* while every few of them leave clearly less to send ([`SHRINK`], [`STALLED_MAX`]).
+//!
+//! | way | enough, or within the limit and no longer converging | stalled or spent |
+//! |---|---|---|
+//! | pre-copy | switch over | switch over, at a calm moment if there is one |
+//! | hybrid | switch over if enough, else post-copy | post-copy |
+//! | auto | switch over | post-copy if allowed; else switch over near the best if tolerable; else go on, or give up when spent |
 
 use std::fmt::Debug;
 use std::time::Duration;
@@ -66,7 +72,7 @@ pub trait Policy: Debug + Send {
 /// Returns the policy of a way that has rounds.
 #[must_use]
 pub fn of(way: Way, limits: Limits) -> Box<dyn Policy> {
-    Box::new(Converging { way, limits, best: None, before: None, stalled: 0 })
+    Box::new(Converging { way, limits, best: None, anchor: None, stalled: 0 })
 }
 
 /// Goes on while rounds converge, and takes what `way` and limits allow when they do not.
@@ -76,50 +82,69 @@ struct Converging {
     limits: Limits,
     /// The shortest downtime that any round promised.
     best: Option<Duration>,
-    before: Option<u64>,
-    /// Rounds running that did not converge.
+    /// What the last round left that made progress.
+    anchor: Option<u64>,
+    /// Rounds since then.
     stalled: u32,
 }
 
 impl Policy for Converging {
     fn on_round(&mut self, stats: &RoundStats) -> Verdict {
+        self.note(stats.pending_bytes);
         let expected = stats.expected_downtime();
-        let limit = Duration::from_millis(self.limits.downtime_limit_ms.into());
         let best = self.best.map_or(expected, |best| best.min(expected));
         self.best = Some(best);
-        let shrank = self.before.is_none_or(|before| {
-            #[expect(clippy::cast_precision_loss, reason = "a comparison of amounts")]
-            let (now, before) = (stats.pending_bytes as f64, before as f64);
-            now < before * SHRINK
-        });
-        self.before = Some(stats.pending_bytes);
-        self.stalled = if shrank { 0 } else { self.stalled + 1 };
 
-        let spent = stats.round + 1 >= self.limits.max_rounds
-            || stats.elapsed >= Duration::from_secs(self.limits.timeout_s.into());
+        let limit = Duration::from_millis(self.limits.downtime_limit_ms.into());
+        let near = expected <= best.mul_f64(NEAR);
         let stalled = self.stalled >= STALLED_MAX;
+        let spent = self.is_spent(stats);
         // What is left is little beside what a freeze costs anyhow: another round would gain nothing.
-        let enough = expected <= limit && expected <= stats.fixed.mul_f64(1.0 + WORTH);
+        let enough = expected <= stats.fixed.mul_f64(1.0 + WORTH);
+        let over = enough || stalled || spent;
+        let short = expected <= limit && (over || self.stalled > 0);
         match self.way {
-            _ if enough => Verdict::SwitchOver,
-            Way::Hybrid if stalled || spent || expected <= limit => Verdict::GoPostcopy,
-            Way::Precopy if stalled || spent => Verdict::SwitchOver,
-            // As good as it gets: it does not converge any further.
-            _ if expected <= limit && (self.stalled > 0 || spent) => Verdict::SwitchOver,
-            Way::Auto if (stalled || spent) && self.limits.allow_postcopy => Verdict::GoPostcopy,
-            Way::Auto if stalled && !spent && near(expected, best) && expected <= limit * TOLERABLE => {
-                Verdict::SwitchOver
-            }
-            Way::Auto if spent && near(expected, best) && expected <= limit * TOLERABLE => {
-                Verdict::SwitchOver
-            }
-            Way::Auto if spent => Verdict::Abort { cause: self.numbers(stats, best) },
+            Way::Hybrid if enough => Verdict::SwitchOver,
+            Way::Hybrid if over || expected <= limit => Verdict::GoPostcopy,
+            Way::Hybrid => Verdict::NextRound,
+            _ if short => Verdict::SwitchOver,
+            Way::Auto if over && self.limits.allow_postcopy => Verdict::GoPostcopy,
+            Way::Auto if over && near && expected <= limit * TOLERABLE => Verdict::SwitchOver,
+            Way::Auto if spent || enough => Verdict::Abort { cause: self.numbers(stats, best) },
+            Way::Auto => Verdict::NextRound,
+            _ if enough || spent => Verdict::SwitchOver,
+            // Not in the middle of a burst, if there are calmer moments.
+            _ if stalled && (near || self.stalled >= 2 * STALLED_MAX) => Verdict::SwitchOver,
             _ => Verdict::NextRound,
         }
     }
 }
 
 impl Converging {
+    /// Counts the rounds that make no progress. Measured from the last that did, not from the one before: a writer at nine
+    /// tenths of the bandwidth converges slowly but well, and one that comes in bursts must not look like progress when
+    /// a burst ends where it began.
+    fn note(&mut self, pending_bytes: u64) {
+        let progress = self.anchor.is_none_or(|anchor| {
+            #[expect(clippy::cast_precision_loss, reason = "a comparison of amounts")]
+            let (now, anchor) = (pending_bytes as f64, anchor as f64);
+            now < anchor * SHRINK
+        });
+        if progress {
+            self.anchor = Some(pending_bytes);
+            self.stalled = 0;
+        } else {
+            self.stalled += 1;
+        }
+    }
+
+    /// Whether there is no room for another round.
+    fn is_spent(&self, stats: &RoundStats) -> bool {
+        let next = stats.expected_downtime().saturating_sub(stats.fixed);
+        let timeout = Duration::from_secs(self.limits.timeout_s.into());
+        stats.round + 1 >= self.limits.max_rounds || stats.elapsed.saturating_add(next) >= timeout
+    }
+
     fn numbers(&self, stats: &RoundStats, best: Duration) -> String {
         format!(
             "pre-copy does not converge: after {} rounds and {:.1} s, {:.1} MB are written again each round and {:.1} MB/s \
@@ -141,13 +166,9 @@ fn mb(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
-fn near(expected: Duration, best: Duration) -> bool {
-    expected <= best.mul_f64(NEAR)
-}
-
-/// A round that leaves more than this part of what the one before left has not converged.
+/// Progress is to leave less than this part of what the last round that made progress left.
 pub const SHRINK: f64 = 0.8;
-/// After so many rounds running that did not converge, none will.
+/// After so many rounds running without progress, none will make any.
 pub const STALLED_MAX: u32 = 3;
 /// A round that saves less than this part of the fixed cost is not worth it.
 const WORTH: f64 = 0.1;
@@ -158,6 +179,8 @@ pub const TOLERABLE: u32 = 4;
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const MB: u64 = 1_000_000;
@@ -227,9 +250,98 @@ mod tests {
     }
 
     #[test]
-    fn the_time_limit_ends_rounds_too() {
-        let limits = Limits { timeout_s: 3, ..Limits::default() };
+    fn the_time_limit_ends_rounds_too_before_one_that_would_exceed_it() {
+        let limits = Limits { timeout_s: 10, ..Limits::default() };
         let (verdict, rounds) = run(Way::Auto, limits, |_| 5000 * MB);
-        assert!(matches!(verdict, Verdict::Abort { .. }) && rounds == 4, "{verdict:?} {rounds}");
+        assert!(matches!(verdict, Verdict::Abort { .. }) && rounds == 6, "{verdict:?} {rounds}");
+    }
+
+    #[test]
+    fn a_writer_just_below_the_bandwidth_is_given_the_rounds_it_needs() {
+        let nine_tenths = |round| {
+            let mut left = 8000 * MB;
+            (0..round).for_each(|_| left = left / 10 * 9);
+            left
+        };
+        let limits = Limits { max_rounds: 100, ..Limits::default() };
+        for way in [Way::Precopy, Way::Auto] {
+            let (verdict, rounds) = run(way, limits, nine_tenths);
+            assert_eq!(verdict, Verdict::SwitchOver);
+            assert!((30..45).contains(&rounds), "{rounds}");
+        }
+    }
+
+    #[test]
+    fn a_burst_is_waited_out() {
+        let bursts = |round: u32| if round % 4 == 3 { 2000 * MB } else { 500 * MB };
+        let (verdict, rounds) = run(Way::Precopy, Limits::default(), bursts);
+        assert_eq!((verdict, rounds % 4 == 0), (Verdict::SwitchOver, false));
+        let calm_in_the_end = |round: u32| if round < 12 { 5000 * MB } else { MB };
+        let (verdict, rounds) = run(Way::Auto, Limits::default(), calm_in_the_end);
+        assert_eq!((verdict, rounds), (Verdict::SwitchOver, 13));
+    }
+
+    #[test]
+    fn a_fixed_cost_above_the_limit_is_not_fought_with_rounds() {
+        let stats = |fixed_ms| RoundStats {
+            round: 0,
+            elapsed: Duration::from_secs(1),
+            bytes_per_s: 1e9,
+            pending_bytes: 0,
+            fixed: Duration::from_millis(fixed_ms),
+        };
+        let verdict = |way, fixed_ms| of(way, Limits::default()).on_round(&stats(fixed_ms));
+        assert_eq!(verdict(Way::Precopy, 9000), Verdict::SwitchOver);
+        assert_eq!(verdict(Way::Auto, 400), Verdict::SwitchOver);
+        assert!(matches!(verdict(Way::Auto, 9000), Verdict::Abort { .. }));
+    }
+
+    fn a_history() -> impl Strategy<Value = Vec<(u64, f64, u64)>> {
+        proptest::collection::vec((0..20_000 * MB, 1e6..1e10, 0..20_000_u64), 40)
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_rounds_show_the_limits_hold(
+            way in proptest::sample::select(vec![Way::Precopy, Way::Hybrid, Way::Auto]),
+            max_rounds in 1..40_u32,
+            downtime_limit_ms in 1..2000_u32,
+            timeout_s in 1..300_u32,
+            allow_postcopy in any::<bool>(),
+            fixed_ms in 0..1000_u64,
+            history in a_history(),
+        ) {
+            let limits = Limits { max_rounds, downtime_limit_ms, timeout_s, allow_postcopy, ..Limits::default() };
+            let mut policy = of(way, limits);
+            let mut elapsed = Duration::ZERO;
+            let fixed = Duration::from_millis(fixed_ms);
+            for (round, (pending_bytes, bytes_per_s, took_ms)) in (0_u32..).zip(history) {
+                elapsed += Duration::from_millis(took_ms);
+                let stats = RoundStats { round, elapsed, bytes_per_s, pending_bytes, fixed };
+                let verdict = policy.on_round(&stats);
+                let expected = stats.expected_downtime();
+                let limit = Duration::from_millis(downtime_limit_ms.into());
+                let is_last = round + 1 == max_rounds || elapsed >= Duration::from_secs(timeout_s.into());
+                match &verdict {
+                    Verdict::NextRound => prop_assert!(!is_last),
+                    Verdict::GoPostcopy => {
+                        prop_assert!(way == Way::Hybrid || (way == Way::Auto && allow_postcopy));
+                    }
+                    Verdict::SwitchOver => {
+                        let within = match way {
+                            Way::Auto => expected <= limit * TOLERABLE,
+                            Way::Hybrid => expected <= fixed.mul_f64(1.0 + WORTH),
+                            _ => true,
+                        };
+                        prop_assert!(within, "{expected:?}");
+                    }
+                    Verdict::Abort { .. } => prop_assert!(way == Way::Auto && !allow_postcopy),
+                }
+                if verdict != Verdict::NextRound {
+                    return Ok(());
+                }
+            }
+            prop_assert!(false, "no end");
+        }
     }
 }
