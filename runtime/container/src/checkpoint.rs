@@ -158,7 +158,7 @@ impl Dump {
         check_parent(options)?;
         let used = [options.image_path.as_path(), options.work_path(), stored.rootfs()];
         let (mut session, filter) =
-            hiding::start(options.hidden.as_ref(), |setup| Ok(scratch::start(program, setup, &used)?))?;
+            hiding::start(options.hidden.as_ref(), |setup| scratch::start(program, setup, &used))?;
         if options.pre_dump && !session.features()?.memory_tracking {
             return Err(CheckpointError::PreDumpUnsupported);
         }

@@ -157,7 +157,8 @@ impl Events {
             self.retry.push(key);
         }
         for child in children {
-            answer = answer.and(self.add(child));
+            let added = self.add(child);
+            answer = answer.and(added);
         }
         answer
     }

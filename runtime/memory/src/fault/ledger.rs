@@ -331,8 +331,8 @@ impl Ledger {
 
     /// The pages that were at `origin` at the source: the address there and here, and the state of each.
     fn located(&self, origin: PageRange) -> impl Iterator<Item = ((u64, u64), &AtomicU8)> {
-        let before =
-            self.origins.range(..=origin.start()).next_back().map_or(origin.start(), |(from, _)| *from);
+        let before = self.origins.range(..=origin.start()).next_back();
+        let before = before.map_or_else(|| origin.start(), |(from, _)| *from);
         self.origins.range(before..origin.end()).flat_map(move |(from, start)| {
             let states = self.segments.get(start).map_or(&[][..], |segment| &segment.states[..]);
             let skip = usize::try_from(origin.start().saturating_sub(*from) / PAGE_BYTES);

@@ -74,10 +74,34 @@ fn settle(ledger: &Ledger, naive: &mut Naive, claim: Option<Claim>, installed: u
     ledger.settle(claim, installed.min(claim.pages.pages()));
 }
 
+fn numbers(ranges: &[PageRange]) -> Vec<u64> {
+    ranges.iter().flat_map(|range| range.chunks(1)).map(|page| page.start() / PAGE_BYTES).collect()
+}
+
+fn request(ledger: &Ledger, naive: &mut Naive, page: u64, window: u64) {
+    let wanted = numbers(ledger.request(page * PAGE_BYTES, window).as_slice());
+    let mut expected = Vec::new();
+    if let Some((origin, state)) = naive.get(&page).copied() {
+        // Pages of the block that are reached without a gap, here as at the source.
+        let adjacent = |to: &u64| {
+            let shift = |at: u64| (origin + at).checked_sub(page);
+            let range = page.min(*to)..=page.max(*to);
+            range.into_iter().all(|at| naive.get(&at).is_some_and(|entry| Some(entry.0) == shift(at)))
+        };
+        let first = (origin / window * window + page).saturating_sub(origin);
+        let block = (first..first + window).filter(|at| (origin + at - page) / window == origin / window);
+        let near = block.filter(adjacent).filter(|at| naive[at].1 == State::Remote);
+        expected = near.map(|at| naive[&at].0).collect();
+        assert!(state != State::Remote || wanted.contains(&origin));
+    }
+    // Segments may end where pages are adjacent all the same, so fewer may be asked for.
+    assert!(wanted.iter().all(|origin| expected.contains(origin)), "{wanted:?} of {expected:?}");
+    for entry in naive.values_mut().filter(|entry| wanted.contains(&entry.0)) {
+        entry.1 = State::Requested;
+    }
+}
+
 fn apply(ledger: &mut Ledger, naive: &mut Naive, step: &Step) {
-    let numbers = |ranges: &[PageRange]| -> Vec<u64> {
-        ranges.iter().flat_map(|range| range.chunks(1)).map(|page| page.start() / PAGE_BYTES).collect()
-    };
     match *step {
         Step::Claim { page, count, installed } => {
             let required = naive.get(&page).is_some_and(|(_, state)| *state == State::Held);
@@ -89,29 +113,7 @@ fn apply(ledger: &mut Ledger, naive: &mut Naive, step: &Step) {
             let claim = ledger.claim_next(cursor * PAGE_BYTES, count);
             settle(ledger, naive, claim, count, required);
         }
-        Step::Request { page, window } => {
-            let wanted = numbers(ledger.request(page * PAGE_BYTES, window).as_slice());
-            let mut expected = Vec::new();
-            if let Some((origin, state)) = naive.get(&page).copied() {
-                // Pages of the block that are reached without a gap, here as at the source.
-                let adjacent = |to: &u64| {
-                    let shift = |at: u64| (origin + at).checked_sub(page);
-                    let range = page.min(*to)..=page.max(*to);
-                    range.into_iter().all(|at| naive.get(&at).is_some_and(|entry| Some(entry.0) == shift(at)))
-                };
-                let first = (origin / window * window + page).saturating_sub(origin);
-                let block =
-                    (first..first + window).filter(|at| (origin + at - page) / window == origin / window);
-                let near = block.filter(adjacent).filter(|at| naive[at].1 == State::Remote);
-                expected = near.map(|at| naive[&at].0).collect();
-                assert!(state != State::Remote || wanted.contains(&origin));
-            }
-            // Segments may end where pages are adjacent all the same, so fewer may be asked for.
-            assert!(wanted.iter().all(|origin| expected.contains(origin)), "{wanted:?} of {expected:?}");
-            for entry in naive.values_mut().filter(|entry| wanted.contains(&entry.0)) {
-                entry.1 = State::Requested;
-            }
-        }
+        Step::Request { page, window } => request(ledger, naive, page, window),
         Step::MarkRequested { page, count } => {
             ledger.mark_requested(pages(page, count));
             let named = naive.values_mut().filter(|entry| (page..page + count).contains(&entry.0));

@@ -81,7 +81,8 @@ impl Origin {
             }
             seen += new.len();
             for space in new.iter().filter_map(Weak::upgrade) {
-                answer = answer.and(visit(&space));
+                let visited = visit(&space);
+                answer = answer.and(visited);
             }
         }
     }

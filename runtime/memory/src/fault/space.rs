@@ -170,7 +170,8 @@ impl Space {
             missed.extend(self.take_waiting(|state| !is_remote(state)));
         }
         for missed in missed {
-            answer = answer.and(self.settle_fault(missed, service));
+            let settled = self.settle_fault(missed, service);
+            answer = answer.and(settled);
         }
         (children, answer)
     }
