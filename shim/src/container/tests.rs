@@ -1,6 +1,11 @@
 //! The actor over a runtime that does only what a test tells it to.
 
-use std::{collections::HashMap, path::Path, time::Duration};
+use std::{
+    collections::HashMap,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    path::Path,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use godwit_sys::pidfd::PidFd;
@@ -10,7 +15,7 @@ use super::*;
 use crate::{
     options::CheckpointOptions,
     reaper::{Exit, Scope},
-    runtime::Call,
+    runtime::{Call, VerbStdio},
     verb::Verb,
 };
 
@@ -22,6 +27,8 @@ const EXEC: i32 = 0x3fff_fff1;
 #[derive(Debug, Default)]
 struct Fake {
     verbs: Mutex<Vec<String>>,
+    /// The command line of the latest verb, and who owns what it has as stdin, stdout and stderr.
+    latest: Mutex<(String, Vec<(u32, u32)>)>,
     held: HashMap<&'static str, Semaphore>,
     failing: Mutex<HashMap<&'static str, &'static str>>,
 }
@@ -49,6 +56,7 @@ impl Runtime for Fake {
     async fn run(&self, call: Call) -> Result<Vec<u8>> {
         let name = call.verb.name();
         self.verbs.lock().unwrap().push(name.to_owned());
+        *self.latest.lock().unwrap() = (spelled(&call.verb), owners(&call.stdio));
         if let Some(held) = self.held.get(name) {
             held.acquire().await.unwrap().forget();
         }
@@ -64,6 +72,17 @@ impl Runtime for Fake {
         }
         Ok(Vec::new())
     }
+}
+
+fn spelled(verb: &Verb) -> String {
+    let words = verb.arguments("web");
+    words.iter().map(|word| word.to_str().unwrap()).collect::<Vec<_>>().join(" ")
+}
+
+fn owners(stdio: &VerbStdio) -> Vec<(u32, u32)> {
+    let VerbStdio::Container(fds) = stdio else { return Vec::new() };
+    let owner = |fd: &OwnedFd| std::fs::File::from(fd.try_clone().unwrap()).metadata().unwrap();
+    fds.iter().flatten().map(owner).map(|file| (file.uid(), file.gid())).collect()
 }
 
 struct Bench {
@@ -262,6 +281,47 @@ async fn a_container_from_an_image_exists_only_when_it_is_started() {
     assert_eq!(bench.start("").await.unwrap(), INIT);
     assert_eq!(bench.topics(2).await, ["/tasks/create", "/tasks/start"]);
     assert_eq!(bench.fake.verbs(), ["restore", "delete", "restore"]);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn options_of_a_create_reach_the_runtime() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("out");
+    let bench = Bench::with(Arc::default(), |request| {
+        request.address.stdout = format!("file://{}", output.display());
+        request.options.no_pivot_root = true;
+        request.options.no_new_keyring = true;
+        // Only root can give a pipe away.
+        let own = directory.path().metadata().unwrap().uid() == 0;
+        (request.options.io_uid, request.options.io_gid) = if own { (1000, 2000) } else { (0, 0) };
+    })
+    .await;
+    let (line, owners) = bench.fake.latest.lock().unwrap().clone();
+    let bundle = bench.bundle.path().display().to_string();
+    assert_eq!(
+        line,
+        format!("create --bundle {bundle} --pid-file {bundle}/init.pid --no-pivot --no-new-keyring web")
+    );
+    if directory.path().metadata().unwrap().uid() == 0 {
+        assert_eq!(owners, [(1000, 2000)]);
+    }
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn options_of_a_restore_reach_the_runtime() {
+    let directory = tempfile::tempdir().unwrap();
+    let work = directory.path().join("work").display().to_string();
+    let bench = Bench::with(Arc::default(), |request| {
+        request.options.criu_image_path = "/image".to_owned();
+        request.options.criu_work_path = work.clone();
+        request.options.no_pivot_root = true;
+    })
+    .await;
+    bench.start("").await.unwrap();
+    let line = bench.fake.latest.lock().unwrap().0.clone();
+    assert!(line.starts_with(&format!("restore --image-path /image --work-path {work} ")), "{line}");
+    assert!(line.contains(" --no-pivot "), "{line}");
+    assert!(Path::new(&work).is_dir());
 }
 
 #[tokio::test(flavor = "current_thread")]
