@@ -143,18 +143,18 @@ impl CreateOptions {
             }
             let (key, value) = line.split_once('=').unwrap_or((line, ""));
             let (key, value) = (key.trim(), value.trim());
-            let on = value == "true";
+            let flag = || value.parse().map_err(|_| refused(key, "its value is neither true nor false"));
             let text = || value.trim_matches(['"', '\'']).to_owned();
             let number = || value.parse().map_err(|_| refused(key, "its value is not a number"));
             match key {
-                "NoPivotRoot" => options.no_pivot_root = on,
-                "NoNewKeyring" => options.no_new_keyring = on,
+                "NoPivotRoot" => options.no_pivot_root = flag()?,
+                "NoNewKeyring" => options.no_new_keyring = flag()?,
                 "ShimCgroup" => options.shim_cgroup = text(),
                 "IoUid" => options.io_uid = number()?,
                 "IoGid" => options.io_gid = number()?,
                 "BinaryName" => options.binary_name = text(),
                 "Root" => options.root = text(),
-                "SystemdCgroup" => options.systemd_cgroup = on,
+                "SystemdCgroup" => options.systemd_cgroup = flag()?,
                 "CriuImagePath" => options.criu_image_path = text(),
                 "CriuWorkPath" => options.criu_work_path = text(),
                 "TaskApiAddress" | "TaskApiVersion" => {}
@@ -285,6 +285,47 @@ mod tests {
             assert_eq!(options.criu_image_path, "/i");
         }
         assert_eq!(CreateOptions::decode(None).unwrap(), CreateOptions::default());
+    }
+
+    #[test]
+    fn every_runc_option_is_read_by_message_and_by_table() {
+        let message = oci::Options {
+            no_pivot_root: true,
+            no_new_keyring: true,
+            shim_cgroup: "/shims".to_owned(),
+            io_uid: 1000,
+            io_gid: 2000,
+            binary_name: "runc".to_owned(),
+            root: "/r".to_owned(),
+            systemd_cgroup: true,
+            criu_image_path: "/i".to_owned(),
+            criu_work_path: "/w".to_owned(),
+            task_api_address: "unix:///s".to_owned(),
+            task_api_version: 3,
+            ..oci::Options::default()
+        };
+        let expected = CreateOptions {
+            no_pivot_root: true,
+            no_new_keyring: true,
+            shim_cgroup: "/shims".to_owned(),
+            io_uid: 1000,
+            io_gid: 2000,
+            binary_name: "runc".to_owned(),
+            root: "/r".to_owned(),
+            systemd_cgroup: true,
+            criu_image_path: "/i".to_owned(),
+            criu_work_path: "/w".to_owned(),
+        };
+        let message = any("containerd.runc.v1.Options", message.write_to_bytes().unwrap());
+        assert_eq!(CreateOptions::decode(Some(&message)).unwrap(), expected);
+        let table = "NoPivotRoot = true\nNoNewKeyring = true\nShimCgroup = '/shims'\nIoUid = 1000\nIoGid = 2000\n\
+             BinaryName = \"runc\"\nRoot = \"/r\"\nSystemdCgroup = true\nCriuImagePath = \"/i\"\n\
+             CriuWorkPath = \"/w\"\nCriuPath = \"\"\nTaskApiAddress = \"unix:///s\"\nTaskApiVersion = 3\n";
+        assert_eq!(CreateOptions::from_table(table).unwrap(), expected);
+        for wrong in ["NoPivotRoot = \"yes\"", "IoUid = \"root\"", "CriuPath = \"/criu\""] {
+            let error = CreateOptions::from_table(wrong).unwrap_err().to_string();
+            assert!(error.contains(wrong.split(' ').next().unwrap()), "{error}");
+        }
     }
 
     #[test]

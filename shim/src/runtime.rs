@@ -247,6 +247,21 @@ mod tests {
         Program { target, reaper }
     }
 
+    #[test]
+    fn the_runtimes_own_options_come_before_the_verb() {
+        let target = Target {
+            binary: "/usr/bin/crun".into(),
+            root: "/r/default".into(),
+            systemd_cgroup: true,
+            bundle: "/b".into(),
+            id: "web".to_owned(),
+        };
+        let command = target.command(LOG_NAME);
+        assert_eq!(command.get_program(), "/usr/bin/crun");
+        let words: Vec<_> = command.get_args().map(|word| word.to_str().unwrap()).collect();
+        assert_eq!(words.join(" "), "--root /r/default --log /b/log.json --log-format json --systemd-cgroup");
+    }
+
     #[tokio::test(flavor = "current_thread")]
     async fn the_last_error_of_this_verb_is_the_message() {
         let directory = tempfile::tempdir().unwrap();

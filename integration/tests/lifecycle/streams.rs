@@ -14,8 +14,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case!(run_keeps_output_and_errors_apart),
         case!(run_reads_its_input_to_the_end),
-        // Fails now and then: the last twenty KiB are lost after a stall of ten seconds.
-        case!(ten_megabytes_of_output_arrive_whole).slow(),
+        case!(ten_megabytes_of_output_arrive_whole),
         case!(run_on_a_terminal_talks_and_is_resized),
         case!(attach_talks_to_a_detached_container),
         case!(log_file_has_output_and_errors),

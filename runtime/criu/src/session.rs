@@ -15,14 +15,17 @@
 //! No thread is used and every call blocks.
 
 use std::fs::File;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use godwit_sys::pidfd::PidFd;
 use godwit_sys::spawn::SpawnExt;
 use godwit_sys::{SysError, fdpass, process};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protobuf::{EnumOrUnknown, Message as _, MessageField};
 
 use crate::failure::{CriuError, HookError, Phase, Result};
@@ -364,7 +367,7 @@ impl Session {
                 // Only this process: after a restore its group may hold tasks that were restored into it.
                 log::warn!("criu {pid} does not end, killing it");
                 self.pid = Some(pid);
-                if let Ok(process) = godwit_sys::pidfd::PidFd::open(pid) {
+                if let Ok(process) = PidFd::open(pid) {
                     process.send_signal(SIGKILL).ok();
                 }
                 process::reap(pid, FINISH_LIMIT).ok();
@@ -409,6 +412,9 @@ impl Session {
     fn read(&self) -> Result<(Criu_resp, Option<OwnedFd>)> {
         let phase = self.phase;
         let Some(socket) = &self.socket else { return Err(self.ended()) };
+        if self.died_silently(socket) {
+            return Err(self.ended());
+        }
         let mut buffer = vec![0; MESSAGE_BYTES_MAX];
         match fdpass::receive(socket, &mut buffer) {
             Ok(received) => {
@@ -419,6 +425,20 @@ impl Session {
             Err(SysError::Closed) => Err(self.ended()),
             Err(source) => Err(CriuError::Socket { phase, source }),
         }
+    }
+
+    /// Waits until CRIU has said something or is dead, and tells whether it died without a word.
+    ///
+    /// The end of the socket would not tell: a helper that CRIU forked, to try out the kernel for one, has the
+    /// other end as well, and outlives a CRIU that was killed.
+    fn died_silently(&self, socket: &OwnedFd) -> bool {
+        let Some(criu) = self.pid.and_then(|pid| PidFd::open(pid).ok()) else { return false };
+        let wanted = PollFlags::POLLIN;
+        let mut polled = [PollFd::new(socket.as_fd(), wanted), PollFd::new(criu.as_fd(), wanted)];
+        while matches!(poll(&mut polled, PollTimeout::NONE), Err(Errno::EINTR)) {}
+        let [has_spoken, is_dead] = polled.map(|fd| fd.any().unwrap_or(false));
+        // What it said before it died is still there to be read.
+        is_dead && !has_spoken
     }
 
     fn failed(&self, message: &Criu_resp) -> CriuError {

@@ -156,3 +156,16 @@ fn a_real_criu_tells_version_and_features() {
     session.finish().unwrap();
     assert!(!Path::new(&format!("/proc/{pid}")).exists());
 }
+
+/// Goal: a CRIU that is killed is noticed although a helper of its own lives on with the socket.
+#[test]
+fn a_dead_criu_whose_helper_lives_on_is_noticed() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("criu");
+    fs::write(&path, "#!/bin/sh\nsleep 1000 &\nexit 1\n").unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let begun = std::time::Instant::now();
+    let error = Session::start(&Program::at(&path), Setup::new()).unwrap_err();
+    assert!(matches!(error, CriuError::Ended { .. }), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(60));
+}

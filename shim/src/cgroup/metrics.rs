@@ -11,7 +11,7 @@ use containerd_shim_protos::cgroups::metrics::{
     Metrics, PidsStat, RdmaEntry, RdmaStat, Throttle,
 };
 
-use super::read::{Table, huge_page_sizes, number, numbers};
+use super::read::{self, Rdma, Table, huge_page_sizes, number, numbers};
 
 /// cpuacct.stat counts in ticks of 1/100 s on every architecture (`USER_HZ`).
 const NS_PER_TICK: u64 = 10_000_000;
@@ -187,21 +187,14 @@ fn rdma(directory: &Path) -> RdmaStat {
     }
 }
 
-/// Lines are `DEVICE hca_handle=N hca_object=N`.
 fn rdma_entries(directory: &Path, file: &str) -> Vec<RdmaEntry> {
-    let text = fs::read_to_string(directory.join(file)).unwrap_or_default();
-    let entry = |line: &str| {
-        let (device, counters) = line.split_once(' ')?;
-        let table = Table::parse(&counters.replace(' ', "\n"));
-        let get = |key| u32::try_from(table.get(key)).unwrap_or(u32::MAX);
-        Some(RdmaEntry {
-            device: device.to_owned(),
-            hca_handles: get("hca_handle"),
-            hca_objects: get("hca_object"),
-            ..RdmaEntry::default()
-        })
+    let entry = |read: Rdma| RdmaEntry {
+        device: read.device,
+        hca_handles: read.handles,
+        hca_objects: read.objects,
+        ..RdmaEntry::default()
     };
-    text.lines().filter_map(entry).collect()
+    read::rdma(directory, file).map(entry).collect()
 }
 
 fn hugetlb(directory: &Path) -> Vec<HugetlbStat> {

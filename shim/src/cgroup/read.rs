@@ -40,6 +40,25 @@ impl Table {
     }
 }
 
+/// What a container has of one RDMA device, or may have.
+pub(super) struct Rdma {
+    pub(super) device: String,
+    pub(super) handles: u32,
+    pub(super) objects: u32,
+}
+
+/// Returns the lines of `file`, which are `DEVICE hca_handle=N hca_object=N`.
+pub(super) fn rdma(directory: &Path, file: &str) -> impl Iterator<Item = Rdma> {
+    let text = fs::read_to_string(directory.join(file)).unwrap_or_default();
+    let line = |line: &str| {
+        let (device, counters) = line.split_once(' ')?;
+        let table = Table::parse(&counters.replace(' ', "\n"));
+        let count = |key| u32::try_from(table.get(key)).unwrap_or(u32::MAX);
+        Some(Rdma { device: device.to_owned(), handles: count("hca_handle"), objects: count("hca_object") })
+    };
+    text.lines().filter_map(line).collect::<Vec<_>>().into_iter()
+}
+
 /// Returns the page sizes `hugetlb.SIZE.…` that a group has files for.
 pub(super) fn huge_page_sizes(directory: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };

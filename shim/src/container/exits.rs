@@ -6,7 +6,7 @@ use containerd_shim_protos::events::task::TaskExit;
 use tokio::sync::oneshot;
 
 use super::{Container, Phase};
-use crate::{reaper::Exit, verb::Verb};
+use crate::{reaper::Exit, stdio::Streams, verb::Verb};
 
 /// SIGKILL.
 const KILL: u32 = 9;
@@ -27,12 +27,13 @@ impl Container {
         let container = Arc::clone(self);
         tokio::spawn(async move {
             if let Ok(exit) = ended.await {
-                container.exec_ended(&exec_id, exit);
+                container.exec_ended(&exec_id, exit).await;
             }
         });
     }
 
-    fn exec_ended(&self, exec_id: &str, exit: Exit) {
+    async fn exec_ended(&self, exec_id: &str, exit: Exit) {
+        self.wait_for_readers(exec_id).await;
         {
             let mut state = self.lock();
             state.running_execs -= 1;
@@ -63,6 +64,7 @@ impl Container {
             log::debug!("{}: failed to kill what the init left behind: {error}", self.id);
         }
         self.wait_for_execs().await;
+        self.wait_for_readers("").await;
         let was_paused = self.lock().phase == Phase::Paused;
         if was_paused && let Err(error) = self.run(Verb::Resume).await {
             log::warn!("{}: failed to thaw after the init ended: {error}", self.id);
@@ -74,6 +76,18 @@ impl Container {
             state.init.end(exit.status, Some(exit.at));
         }
         self.publish_exit("", exit);
+    }
+
+    /// What a process wrote last is read before its end is told.
+    async fn wait_for_readers(&self, exec_id: &str) {
+        let unread = {
+            let state = self.lock();
+            let process = state.process(exec_id).ok();
+            process.and_then(|process| process.streams.as_ref()).map(Streams::unread)
+        };
+        if let Some(unread) = unread {
+            unread.none_left().await;
+        }
     }
 
     /// The init's exit is the last one published.

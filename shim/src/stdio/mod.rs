@@ -8,11 +8,14 @@
 //!   terminal        the runtime sends the master by the console socket; copied by the shim
 //!   nothing         /dev/null
 //! ```
+//! The end of a process is told when its output has been read: see [`Unread`].
+//!
 //! Copies start after the verb, so a failed verb never takes input away. They end when the process and its
 //! children have closed their side; [`Streams::shutdown`] waits for that, but not for ever.
 
 mod console;
 mod logger;
+mod unread;
 
 use std::{
     io::{PipeReader, PipeWriter},
@@ -39,9 +42,11 @@ use crate::{
 };
 
 pub(crate) use logger::reserve_descriptors;
+pub(crate) use unread::Unread;
 
 use console::ConsoleSocket;
 use logger::{Logger, LoggerUri};
+use unread::Output;
 
 /// How long a copy into a file may go on after the process has ended.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
@@ -147,12 +152,14 @@ impl Prepared {
                         pipe::Sender::from_owned_fd(stdin.into()).map_err(ShimError::io("use a pipe"))?;
                     streams.copies.copy_from_fifo(&address.stdin, sender).map_err(library("open stdin"))?;
                 }
-                if let Some(stdout) = ours.stdout {
-                    streams.copy_out(receiver(stdout)?, &address.stdout)?;
+                let mut outputs = Vec::new();
+                for (pipe, to) in [(ours.stdout, &address.stdout), (ours.stderr, &address.stderr)] {
+                    let Some(pipe) = pipe else { continue };
+                    let ours = pipe.try_clone().map_err(ShimError::io("duplicate a descriptor"))?;
+                    outputs.extend(output(Some(ours.into()), to));
+                    streams.copy_out(receiver(pipe)?, to)?;
                 }
-                if let Some(stderr) = ours.stderr {
-                    streams.copy_out(receiver(stderr)?, &address.stderr)?;
-                }
+                streams.unread = Unread::new(outputs);
             }
             Kind::Terminal { socket, logger } => {
                 let pty = Pty::new(socket.receive().await?).map_err(library("use the terminal"))?;
@@ -171,6 +178,7 @@ impl Prepared {
                     // Nobody wants it, but a terminal that is not read blocks the process.
                     streams.own_copies.push(copy(pty, tokio::io::sink()));
                 } else {
+                    streams.unread = Unread::new(output(None, &address.stdout).into_iter().collect());
                     streams.copy_out(pty, &address.stdout)?;
                 }
             }
@@ -186,6 +194,7 @@ pub(crate) struct Streams {
     own_copies: Vec<JoinHandle<()>>,
     console: Option<Pty>,
     logger: Option<Logger>,
+    unread: Unread,
 }
 
 impl std::fmt::Debug for Streams {
@@ -202,6 +211,11 @@ impl Streams {
     /// Lets the process see the end of its input once everything written so far is read.
     pub(crate) fn close_input(&self) {
         self.copies.close_input();
+    }
+
+    /// Returns what tells whether all that the process wrote has been read.
+    pub(crate) fn unread(&self) -> Unread {
+        self.unread.clone()
     }
 
     /// Tells the terminal, if there is one, its new size in characters.
@@ -271,6 +285,12 @@ fn file_path(address: &str) -> Result<PathBuf> {
         return Err(ShimError::BadStdio { uri: address.to_owned(), reason });
     }
     Ok(path.into())
+}
+
+/// Returns the output that goes from `pipe` to the address `to`, if that is a FIFO.
+fn output(pipe: Option<OwnedFd>, to: &str) -> Option<Output> {
+    let fifo = file_path(to).ok().filter(|path| is_fifo(path))?;
+    Some(Output { pipe, fifo })
 }
 
 fn is_fifo(path: &Path) -> bool {
