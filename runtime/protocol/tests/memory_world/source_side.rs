@@ -104,15 +104,6 @@ impl World {
         let unsent = std::mem::take(&mut self.found);
         self.found = self.tracker.collect(&self.memory, || random.one_in(2));
         self.found.add_unsent(unsent, &self.memory);
-        // A process that ended, or whose id another has, leaves nothing behind.
-        for (space, stored) in &self.stored {
-            let there = self.memory.get(space);
-            let gone = stored
-                .iter()
-                .copied()
-                .filter(|address| there.is_none_or(|pages| !pages.contains_key(address)));
-            self.found.absent.entry(*space).or_default().extend(gone);
-        }
     }
 
     /// The final scan, the last round, and CRIU meanwhile.
