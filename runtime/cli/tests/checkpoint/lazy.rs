@@ -55,7 +55,6 @@ fn memory_moves_outside_criu_and_what_is_given_up_leaves_no_trace() {
             assert!(!bed.path("root/two").exists() && bed.cgroups("two").is_empty());
             assert_eq!(leftovers(), Vec::<String>::new(), "{hold:?}");
 
-            let before = reports(bed);
             let (answer, server) = restore_lazily(bed, &memory, hold, Decision::Commit);
             assert_eq!(answer.unwrap().pid(), Some(bed.pid("two")));
             let two = Container::new(bed, Godwit, "two", None);
@@ -64,7 +63,6 @@ fn memory_moves_outside_criu_and_what_is_given_up_leaves_no_trace() {
             drop(server);
             assert_eq!(leftovers(), Vec::<String>::new(), "{hold:?}");
             assert_checking(bed);
-            assert!(reports(bed).iter().zip(&before).all(|(now, then)| now[0] > then[0]), "they go on");
             drop(two);
         }
     });
@@ -124,7 +122,8 @@ fn reports(bed: &Bed) -> [[u64; 2]; 2] {
     })
 }
 
-/// Waits until every thread has looked at all its memory, and fails if anything was found wrong.
+/// Waits until every thread has looked at all its memory since the last report, which may be that of a container
+/// that was ahead of this one, and fails if anything was found wrong.
 fn assert_checking(bed: &Bed) {
     let before = reports(bed);
     eventually("all memory is checked", || {
