@@ -185,6 +185,7 @@ impl Container {
                 sent_bytes: 0,
                 expected_bytes: 0,
                 rate_bytes_per_s: 0,
+                round: None,
                 ended: None,
             };
             let snapshot = serde_json::to_value(snapshot).map(|snapshot| snapshot.as_object().cloned());
