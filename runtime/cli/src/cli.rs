@@ -86,6 +86,8 @@ pub(crate) enum Command {
     MigrateSource(Box<commands::migrate_source::MigrateSource>),
     #[command(hide = true)]
     MigrateTarget(commands::migrate_target::MigrateTarget),
+    #[command(hide = true)]
+    MigrateWarden(commands::migrate_warden::MigrateWarden),
     Agent(commands::agent::Agent),
 }
 

@@ -25,6 +25,7 @@ pub mod switchover_cost;
 pub mod target;
 mod text;
 pub mod usage;
+pub mod warden;
 
 pub use link::{Link, LinkError};
 

@@ -1,3 +1,5 @@
+//! Links over loopback sockets, and what a broken or hostile peer sends on one.
+
 use std::net::TcpListener;
 use std::thread;
 

@@ -25,7 +25,7 @@ pub fn last(path: &Path) -> Duration {
 pub fn note(path: &Path, downtime: &DowntimeParts) {
     let cost_ms = downtime.total_ms() - downtime.transfer_ms;
     let Ok(cost) = Duration::try_from_secs_f64(cost_ms / 1e3) else { return };
-    let directory = path.parent().unwrap_or(Path::new("/"));
+    let directory = path.parent().unwrap_or_else(|| Path::new("/"));
     let written = fs::create_dir_all(directory).and_then(|()| fs::write(path, cost.as_micros().to_string()));
     if let Err(error) = written {
         log::debug!("{}: {error}", path.display());

@@ -20,6 +20,7 @@ mod restore;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
@@ -43,6 +44,7 @@ use crate::image_dir::{self, ImageDir};
 use crate::link::{Breaker, SendHalf};
 use crate::text::causes;
 use crate::usage::Usage;
+use crate::warden::Warden;
 
 /// What the shim tells the worker.
 #[derive(Debug, Clone)]
@@ -77,6 +79,10 @@ pub trait Restorer: Clone + Send + 'static {
     /// What went wrong, or that the container was given up; nothing of it is left then.
     fn restore(&self, images: &Path, lazy_pages: bool, decide: impl FnOnce() -> Word) -> Result<i32, Cause>;
 
+    /// Returns the command of a process that watches over the container should this one die while pages are still to
+    /// come (see [`crate::warden`]).
+    fn warden(&self) -> Option<Command>;
+
     /// Removes the container after it was let run.
     ///
     /// # Errors
@@ -107,6 +113,9 @@ pub enum TargetError {
     /// The memory of the container cannot be received.
     #[error("the container's memory cannot be received")]
     Memory(#[source] Cause),
+    /// The process that is to watch over the container cannot be started.
+    #[error("no warden can be started")]
+    Warden(#[source] io::Error),
     /// A thread cannot be started.
     #[error("no thread can be started")]
     Thread(#[source] io::Error),
@@ -142,7 +151,8 @@ pub fn run(
             let tell = tell.clone();
             // A machine that has ended does not care.
             let tell = move |event| drop(tell.send(event));
-            let received = Memory::receive(agent.streams()?, bulk_count, room_bytes, tell);
+            let warden = restorer.warden().map(Warden::start).transpose().map_err(TargetError::Warden)?;
+            let received = Memory::receive(agent.streams()?, bulk_count, room_bytes, warden, tell);
             Some(received.map_err(TargetError::Memory)?)
         }
         None => None,
@@ -285,6 +295,7 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
             Action::SendLacking => {}
             Action::Destroy => {
                 let destroyed = self.restorer.remove().map_err(|cause| causes(cause.as_ref()));
+                self.note_gone(&destroyed);
                 self.tell(match destroyed {
                     Ok(()) => Event::Undone,
                     Err(cause) => Event::UndoFailed { cause },
@@ -330,6 +341,7 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
         }
         let restoring = self.restoring.take();
         let removed = restoring.map_or(Ok(()), |restoring| restoring.undo(&self.restorer));
+        self.note_gone(&removed);
         let undone = removed.and_then(|()| match self.record.decide(Decision::Aborted) {
             Ok(Decision::Aborted) => Ok(()),
             Ok(decision) => Err(format!("the record says {decision:?}")),
@@ -343,6 +355,12 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
                 self.tell(Event::Undone);
             }
             Err(cause) => self.tell(Event::UndoFailed { cause }),
+        }
+    }
+
+    fn note_gone(&self, removed: &Result<(), String>) {
+        if let (Some(memory), Ok(())) = (&self.memory, removed) {
+            memory.container_is_gone();
         }
     }
 

@@ -14,6 +14,7 @@ pub(crate) mod list;
 pub(crate) mod migrate;
 pub(crate) mod migrate_source;
 pub(crate) mod migrate_target;
+pub(crate) mod migrate_warden;
 pub(crate) mod pause;
 pub(crate) mod ps;
 pub(crate) mod restore;
@@ -64,6 +65,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Cancel(verb) => verb.run(),
         Command::MigrateSource(verb) => verb.run(&store),
         Command::MigrateTarget(verb) => verb.run(&store, globals),
+        Command::MigrateWarden(verb) => verb.run(&store),
         Command::Agent(verb) => verb.run(),
     }
 }

@@ -153,6 +153,6 @@ mod tests {
         pending.take_round(0);
         pending.note(1, &delta(11, &[2], &[], &[]), stored.get(&1));
         let work = pending.take_round(0);
-        assert_eq!((work[0].pid, &work[0].absent, &work[0].dirty), (11, &pages(&[1, 2]), &pages(&[2])));
+        assert_eq!((work[0].pid, &work[0].absent, &work[0].dirty), (11, &pages(&[1]), &pages(&[2])));
     }
 }

@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
+use godwit_protocol::fate::FateAnswer;
 use godwit_protocol::rootfs::Pass;
 use godwit_protocol::source::Event;
 use godwit_protocol::wire::Message;
@@ -330,13 +331,19 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         breaker.break_link();
     }
 
-    /// There is no way back yet: the target is asked for as long as the machine wants, and the pages are kept.
+    /// Asks whether the target lacks pages still. There is no way yet to give them over a new link: they are kept for
+    /// as long as the machine wants.
     pub(super) fn rejoin(&self, pause: Duration) {
         let news = self.teller.clone();
+        let (request, migration) = (self.order.request.clone(), self.order.migration.clone());
         thread::spawn(move || {
             thread::sleep(pause);
-            let cause = "a broken link cannot be opened again".to_owned();
-            news.send(News::Event(Event::AskFailed { cause })).ok();
+            let event = match ask::ask(&request, &migration) {
+                Ok(FateAnswer::Here) => Event::Answered(FateAnswer::Here),
+                Ok(_) => Event::AskFailed { cause: "a broken link cannot be opened again".to_owned() },
+                Err(error) => Event::AskFailed { cause: causes(&error) },
+            };
+            news.send(News::Event(event)).ok();
         });
     }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use godwit_container::checkpoint::Decision;
 use godwit_container::restore::{Hold, RestoreOptions, restore};
@@ -36,6 +37,12 @@ pub struct CriuRestorer {
 impl Restorer for CriuRestorer {
     fn work_path(&self) -> &Path {
         &self.work_path
+    }
+
+    fn warden(&self) -> Option<Command> {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("--root").arg(self.store.root()).args(["migrate-warden", "--id", &self.id]);
+        Some(command)
     }
 
     fn restore(&self, images: &Path, lazy_pages: bool, decide: impl FnOnce() -> Word) -> Result<i32, Cause> {

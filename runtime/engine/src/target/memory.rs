@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use godwit_memory::fault::{FaultConfig, FaultServer, Latency, MemoryStore, Requester, SpacePlan};
+use godwit_memory::fault::{FaultConfig, FaultServer, Keeper, Latency, MemoryStore, Requester, SpacePlan};
 use godwit_memory::{MemoryError, PageRange, PageSet};
 use godwit_protocol::report::{Faults, TargetMemory, Waits};
 use godwit_protocol::target::Event;
@@ -26,12 +26,14 @@ use crate::handover::Streams;
 use crate::pages::{Arrivals, PageReceiver, PagesError};
 use crate::text::causes;
 use crate::usage::Usage;
+use crate::warden::Warden;
 
 /// The pages of one container.
 #[derive(Debug)]
 pub(super) struct Memory {
     gate: Arc<Gate>,
     receiver: Arc<PageReceiver>,
+    warden: Option<Arc<Warden>>,
 }
 
 impl Memory {
@@ -43,6 +45,7 @@ impl Memory {
         streams: Streams,
         bulk_count: u8,
         room_bytes: u64,
+        warden: Option<Warden>,
         tell: impl Fn(Event) + Send + Sync + 'static,
     ) -> Result<Self, Cause> {
         let store = Arc::new(MemoryStore::new(room_bytes)?);
@@ -56,7 +59,7 @@ impl Memory {
         });
         let arrivals: Arc<dyn Arrivals> = Arc::clone(&gate) as _;
         let receiver = Arc::new(PageReceiver::start(streams, bulk_count, store, arrivals)?);
-        Ok(Self { gate, receiver })
+        Ok(Self { gate, receiver, warden: warden.map(Arc::new) })
     }
 
     /// Returns what the main link's messages go to.
@@ -78,9 +81,10 @@ impl Memory {
             })
             .collect();
         let requester: Arc<dyn Requester> = Arc::new(Requests(Arc::clone(&self.receiver)));
+        let keeper = self.warden.clone().map(|warden| warden as Arc<dyn Keeper>);
         let source = Arc::clone(&self.gate.store);
         let server =
-            FaultServer::start(work_path, &plan, source, Some(requester), None, FaultConfig::default())?;
+            FaultServer::start(work_path, &plan, source, Some(requester), keeper, FaultConfig::default())?;
         let server = Arc::new(server);
         let mut state = self.gate.lock();
         self.gate.server.set(Arc::clone(&server)).map_err(|_| "the memory is served already")?;
@@ -105,6 +109,13 @@ impl Memory {
         };
         if let Err(error) = thread::Builder::new().name("filled".to_owned()).spawn(body) {
             (self.gate.tell)(Event::Failed { cause: format!("no thread can be started: {error}") });
+        }
+    }
+
+    /// Tells whoever watches that the container is gone.
+    pub(super) fn container_is_gone(&self) {
+        if let Some(warden) = &self.warden {
+            warden.stand_down();
         }
     }
 

@@ -72,7 +72,7 @@ fn conforms(bed: &mut impl Bed) {
 
     let images = bed.images();
     let mut container = bed.take();
-    drop(container.prepare(images.path()).expect("prepare"));
+    drop(container.prepare(images.path(), None).expect("prepare"));
     assert!(bed.runs(), "a dump that is only prepared touches nothing");
 
     container.freeze().expect("freeze");
@@ -82,7 +82,7 @@ fn conforms(bed: &mut impl Bed) {
 
     let images = bed.images();
     let mut container = bed.take();
-    let dump = container.prepare(images.path()).expect("prepare");
+    let dump = container.prepare(images.path(), None).expect("prepare");
     container.freeze().expect("freeze");
     let mut complete = false;
     let decide = || {
@@ -98,7 +98,7 @@ fn conforms(bed: &mut impl Bed) {
 
     let images = bed.images();
     let mut container = bed.take();
-    let dump = container.prepare(images.path()).expect("prepare");
+    let dump = container.prepare(images.path(), None).expect("prepare");
     container.freeze().expect("freeze");
     container.leave_frozen();
     dump.run(|| Verdict::Release).expect("a released dump");
@@ -112,7 +112,7 @@ fn conforms(bed: &mut impl Bed) {
 
     let images = bed.images();
     let mut container = bed.take();
-    let dump = container.prepare(images.path()).expect("prepare");
+    let dump = container.prepare(images.path(), None).expect("prepare");
     container.freeze().expect("freeze");
     dump.run(|| Verdict::Kill).expect("a committed dump");
     container.kill().expect("kill");

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use godwit_engine::Cause;
@@ -19,6 +20,10 @@ pub(crate) struct PretendedRestorer {
 impl Restorer for PretendedRestorer {
     fn work_path(&self) -> &Path {
         unreachable!("only a server of page faults is looked for there")
+    }
+
+    fn warden(&self) -> Option<Command> {
+        None
     }
 
     fn restore(&self, images: &Path, lazy_pages: bool, decide: impl FnOnce() -> Word) -> Result<i32, Cause> {
