@@ -20,6 +20,8 @@
 //! The generated messages are those of the crate `rust-criu`; its own session is not used, for it lacks
 //! requests, options and answers that are needed here.
 
+#![forbid(unsafe_code)]
+
 pub mod failure;
 pub mod log_tail;
 pub mod notification;

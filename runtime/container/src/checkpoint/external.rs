@@ -50,7 +50,9 @@ pub(crate) fn restored_mounts(spec: &Spec, rootfs: &Path) -> Result<Vec<(String,
     for mount in mounts(spec).filter(|mount| is_bind(mount)) {
         let Some(source) = mount.source() else { continue };
         let destination = resolve_in_root(rootfs, mount.destination());
-        found.push((path_text(&destination)?.to_owned(), path_text(source)?.to_owned()));
+        // CRIU does not follow a link as mount(8) does. One that leads nowhere is CRIU's to complain about.
+        let source = source.canonicalize().unwrap_or_else(|_| source.clone());
+        found.push((path_text(&destination)?.to_owned(), path_text(&source)?.to_owned()));
     }
     for device in devices(spec) {
         let text = path_text(&device)?.to_owned();
@@ -181,6 +183,17 @@ mod tests {
         assert!(found.contains(&pair("/data", "/d")));
         assert!(!found.iter().any(|(key, _)| key == "/proc"));
         assert_eq!(found.iter().filter(|(key, _)| key == DEV_NULL).count(), 1);
+    }
+
+    #[test]
+    fn a_bind_of_a_link_binds_what_it_leads_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink("/usr/..", &link).unwrap();
+        let text = serde_json::json!({"ociVersion": "1.0.2", "mounts": [
+            {"destination": "/data", "type": "bind", "source": link, "options": ["rbind"]}]});
+        let found = restored_mounts(&spec(&text.to_string()), Path::new("/nonexistent")).unwrap();
+        assert!(found.contains(&("/data".to_owned(), "/".to_owned())), "{found:?}");
     }
 
     #[test]

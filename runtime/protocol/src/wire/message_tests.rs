@@ -1,3 +1,5 @@
+//! Every message there and back, and messages that are malformed.
+
 use proptest::prelude::*;
 
 use super::*;
