@@ -4,12 +4,16 @@
 //! Exit status: 0, or 1 with the reason on standard error. All but `ask` and `pester` run until they are killed.
 #![forbid(unsafe_code)]
 
+use std::io;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use clap::{Parser, Subcommand};
 use godwit_integration::workload::peer::{self, Manner};
-use godwit_integration::workload::program;
+use godwit_integration::workload::storm::{self, Kind, Size};
+use godwit_integration::workload::{program, visit};
+use godwit_sys::seccomp_deny::{self, Denial};
 
 /// Keeps memory whose content can be checked.
 #[derive(Parser)]
@@ -35,6 +39,39 @@ enum Verb {
     },
     /// Asks the one that is process 1 to check every page, and prints what it found.
     Ask,
+    /// Treats memory in one way, checks it, and writes what it finds into a file for each writer.
+    Storm {
+        /// The way.
+        kind: Kind,
+        /// How many pages each writer has; frames of each stack.
+        #[arg(long, default_value_t = 1024)]
+        pages: u64,
+        /// How many writers; how many mappings, where it is about those.
+        #[arg(long, default_value_t = 16)]
+        count: u64,
+    },
+    /// Fetches a page from a web server, again and again, and counts what goes wrong.
+    Visit {
+        /// The server, as HOST:PORT.
+        server: String,
+        /// What the page holds, without the end of the line.
+        content: String,
+        /// Connections that are kept.
+        #[arg(long, default_value_t = 4)]
+        connections: u64,
+    },
+    /// Runs a program that is refused some system calls, as by another kernel.
+    Deny {
+        /// Refuse userfaultfd.
+        #[arg(long)]
+        userfaultfd: bool,
+        /// Refuse the scan of page tables that came with kernel 6.7.
+        #[arg(long)]
+        pagemap_scan: bool,
+        /// The program and its arguments.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
     /// Holds a lock on a file.
     Lock {
         /// The file.
@@ -76,6 +113,11 @@ fn main() -> ExitCode {
     let result = match Cli::parse().verb {
         Verb::Pages { processes, threads, pages } => program::run(processes, threads, pages),
         Verb::Ask => program::ask().map(|line| print!("{line}")),
+        Verb::Storm { kind, pages, count } => storm::run(kind, Size { pages, count }),
+        Verb::Visit { server, content, connections } => {
+            visit::run(&server, connections, &format!("{content}\n"))
+        }
+        Verb::Deny { userfaultfd, pagemap_scan, command } => Err(deny(userfaultfd, pagemap_scan, &command)),
         Verb::Lock { path } => program::hold_lock(&path),
         Verb::Connection => program::hold_connection(),
         Verb::Peer { port, manner } => peer::serve(port, manner),
@@ -88,5 +130,16 @@ fn main() -> ExitCode {
             eprintln!("workload: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Becomes the command; returns why it could not.
+fn deny(userfaultfd: bool, pagemap_scan: bool, command: &[String]) -> io::Error {
+    let denials = [(userfaultfd, Denial::USERFAULTFD), (pagemap_scan, Denial::PAGEMAP_SCAN)];
+    let denials: Vec<_> = denials.into_iter().filter(|(asked, _)| *asked).map(|(_, denial)| denial).collect();
+    match (seccomp_deny::deny(&denials), command) {
+        (Err(error), _) => io::Error::other(error),
+        (Ok(()), [program, args @ ..]) => Command::new(program).args(args).exec(),
+        (Ok(()), []) => io::Error::from(io::ErrorKind::InvalidInput),
     }
 }

@@ -95,20 +95,23 @@ pub fn by_name(name: &str) -> Result<Image> {
         "memhog" => Image::of_program("memhog", &program("memhog", "numactl")?),
         "redis" => redis(),
         "python3" => python3(),
-        "nginx" => nginx(),
+        "nginx" => Image::with("nginx", nginx_files()?, words(&NGINX)),
+        "visited" => visited(),
         _ => Err(BedError::Invalid {
             what: "image",
             value: name.to_owned(),
-            expected: "one of busybox, memhog, redis, python3, nginx, or the path of an archive",
+            expected: "one of busybox, memhog, redis, python3, nginx, visited, or the path of an archive",
         }),
     }
 }
 
-/// redis-server on port 6379 of every address, keeping nothing on disk; redis-cli beside it.
+/// redis-server on port 6379 of every address, keeping nothing on disk; redis-cli and redis-benchmark beside it.
 fn redis() -> Result<Image> {
     let mut files = Files::default();
     files.add_program(&program("redis-server", "redis-server")?, Path::new("/usr/bin/redis-server"))?;
-    files.add_program(&program("redis-cli", "redis-tools")?, Path::new("/usr/bin/redis-cli"))?;
+    for tool in ["redis-cli", "redis-benchmark"] {
+        files.add_program(&program(tool, "redis-tools")?, &Path::new("/usr/bin").join(tool))?;
+    }
     let command = ["redis-server", "--save", "", "--appendonly", "no", "--protected-mode", "no"];
     Image::with("redis", files, words(&command))
 }
@@ -130,7 +133,7 @@ fn python3() -> Result<Image> {
 }
 
 /// nginx with one static page on port 80, all of its processes root's.
-fn nginx() -> Result<Image> {
+fn nginx_files() -> Result<Files> {
     let mut files = Files::default();
     files.add_program(&program("nginx", "nginx-light")?, Path::new("/usr/sbin/nginx"))?;
     for dir in ["var/lib/nginx", "var/log/nginx", "run"] {
@@ -138,7 +141,14 @@ fn nginx() -> Result<Image> {
     }
     files.add("etc/nginx/nginx.conf", Entry::Text(0o644, NGINX_CONF.to_owned()));
     files.add("srv/www/index.html", Entry::Text(0o644, "godwit\n".to_owned()));
-    Image::with("nginx", files, words(&["/usr/sbin/nginx", "-g", "daemon off;"]))
+    Ok(files)
+}
+
+/// nginx, and the self-checking program as a client of it.
+fn visited() -> Result<Image> {
+    let mut files = nginx_files()?;
+    files.add_program(&tools::built()?.join("workload"), Path::new("/usr/bin/workload"))?;
+    Image::with("visited", files, words(&NGINX))
 }
 
 fn busybox_files() -> Result<Files> {
@@ -183,6 +193,7 @@ fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|word| (*word).to_owned()).collect()
 }
 
+const NGINX: [&str; 3] = ["/usr/sbin/nginx", "-g", "daemon off;"];
 const KEY_DIGITS: usize = 16;
 /// Changes whenever the same files are to make another archive.
 const FORMAT: &str = "1";
@@ -194,6 +205,8 @@ pid /run/nginx.pid;
 events { worker_connections 64; }
 http {
     access_log off;
+    keepalive_timeout 3600s;
+    keepalive_requests 1000000000;
     server { listen 80; root /srv/www; }
 }
 ";

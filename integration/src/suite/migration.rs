@@ -80,6 +80,12 @@ impl Answer {
         self.at(path).and_then(Value::as_f64)
     }
 
+    /// Returns what was done otherwise than asked.
+    #[must_use]
+    pub fn notes(&self) -> Vec<&str> {
+        self.at("notes").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect()
+    }
+
     fn at(&self, path: &str) -> Option<&Value> {
         path.split('.').try_fold(&self.object, |value, key| value.get(key))
     }

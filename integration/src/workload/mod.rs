@@ -6,9 +6,11 @@
 //! taken back to an earlier version is found, whether it was rewritten since or not.
 //!
 //! The binary `workload` runs it; it also holds things that a checkpoint must ask for by name, a file lock and
-//! a TCP connection, and plays peers that do not keep to the migration protocol ([`peer`]).
+//! a TCP connection, and plays peers that do not keep to the migration protocol ([`peer`]). Programs that treat memory in every other way are in [`storm`]; [`visit`] is a client.
 
 pub mod memory;
 pub mod page;
 pub mod peer;
 pub mod program;
+pub mod storm;
+pub mod visit;

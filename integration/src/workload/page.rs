@@ -30,7 +30,7 @@ impl Identity {
     }
 
     /// The page's content, a word after the other, without end.
-    fn words(self) -> impl Iterator<Item = u64> {
+    pub(super) fn words(self) -> impl Iterator<Item = u64> {
         let seed = mix(mix(mix(self.writer).wrapping_add(self.index)).wrapping_add(self.version));
         let blank = self.version == 0;
         (1..).map(move |place: u64| if blank { 0 } else { mix(seed.wrapping_add(place)) })

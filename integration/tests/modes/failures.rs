@@ -1,0 +1,258 @@
+//! What fails in the phases that native migrations do not have: in a round, and while pages are still to come.
+//!
+//! The link is shaped, so that each of these phases lasts for seconds. The cases are alone on it.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use containerd_client::types::v1::Status;
+use godwit_integration::case;
+use godwit_integration::process::{Daemon, wait_until};
+use godwit_integration::suite::{Answer, Case, Container, Job, Outcome, Site, Stage, Trouble, await_that};
+use godwit_protocol::Mode;
+use nix::sys::signal::Signal;
+
+use super::claim::{PATIENCE, answer, assert_stayed, move_by, move_with, start};
+use super::storm::{Counts, Storm};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case!(source_worker_killed_in_a_round_leaves_the_source_running_untracked).alone(),
+        case!(target_worker_killed_in_a_round_leaves_the_source_running_untracked).alone(),
+        case!(interrupt_in_a_round_leaves_the_source_running_untracked).alone(),
+        case!(auto_that_does_not_converge_gives_up_with_numbers).alone(),
+        case!(auto_that_does_not_converge_goes_on_as_postcopy_where_allowed).alone(),
+        case!(target_worker_killed_while_pages_are_missing_ends_the_container_and_says_so).alone(),
+        case!(source_worker_killed_while_pages_are_missing_ends_the_container_and_says_so).alone(),
+        case!(target_worker_killed_while_filling_loses_no_page_unnoticed).alone(),
+    ]
+}
+
+fn source_worker_killed_in_a_round_leaves_the_source_running_untracked(stage: &Stage) -> Outcome {
+    fails_in_a_round(stage, |_, id| {
+        kill(&stage.a, &["godwit", "migrate-source", id])?;
+        Ok(())
+    })
+}
+
+fn target_worker_killed_in_a_round_leaves_the_source_running_untracked(stage: &Stage) -> Outcome {
+    fails_in_a_round(stage, |_, id| {
+        kill(&stage.b, &["godwit", "migrate-target", id])?;
+        Ok(())
+    })
+}
+
+fn interrupt_in_a_round_leaves_the_source_running_untracked(stage: &Stage) -> Outcome {
+    fails_in_a_round(stage, |job, _| {
+        let client = i32::try_from(job.pid()).ok().and_then(Daemon::of);
+        client.ok_or_else(|| missing("the client"))?.signal(Signal::SIGINT);
+        Ok(())
+    })
+}
+
+/// Has `disturb` end a migration in its rounds, and claims that the container goes on here, whole and untracked, and
+/// moves when nothing disturbs it.
+fn fails_in_a_round(stage: &Stage, disturb: impl Fn(&Job, &str) -> Outcome) -> Outcome {
+    let (container, before, pid) = big(stage)?;
+    let there = Container::adopt(&stage.b, container.id());
+    let slow = Shaped::link(stage, SLOW)?;
+    let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Precopy, &[])?;
+    await_phase(&mut job, "it is tracked", || is_tracked(pid))?;
+    disturb(&job, container.id())?;
+    answer(job)?.failed()?;
+    drop(slow);
+    await_that("nothing tracks it any more", || !is_tracked(pid))?;
+    assert_thawed(&container)?;
+    BIG.assert_whole(&container, &before)?;
+    assert_stayed(&container, pid, &there)?;
+    let before = BIG.counts(&container)?;
+    let (moved, _) = move_by(&container, &stage.b, Mode::Precopy)?;
+    BIG.assert_whole(&moved, &before)
+}
+
+fn auto_that_does_not_converge_gives_up_with_numbers(stage: &Stage) -> Outcome {
+    let (container, before, pid) = big(stage)?;
+    let there = Container::adopt(&stage.b, container.id());
+    let slow = Shaped::link(stage, SLOW)?;
+    let flags = ["--timeout", "2", "--downtime-limit", "1"];
+    let job = start(&stage.a, container.id(), &stage.b.host(), Mode::Auto, &flags)?;
+    let cause = answer(job)?.failed()?;
+    drop(slow);
+    for word in ["converge", "MB/s", "ms", "--downtime-limit", "--timeout", "--allow-postcopy"] {
+        assert!(cause.contains(word), "{word} is not in: {cause}");
+    }
+    assert!(!is_tracked(pid), "it is tracked still");
+    BIG.assert_whole(&container, &before)?;
+    assert_stayed(&container, pid, &there)
+}
+
+fn auto_that_does_not_converge_goes_on_as_postcopy_where_allowed(stage: &Stage) -> Outcome {
+    let (container, before, _) = big(stage)?;
+    let slow = Shaped::link(stage, SLOW)?;
+    let flags = ["--timeout", "2", "--downtime-limit", "1", "--allow-postcopy"];
+    let (moved, report) = move_with(&container, &stage.b, Mode::Auto, &flags)?;
+    drop(slow);
+    assert!(report.faults.network.count > 0, "nothing was left at the source: {report:?}");
+    BIG.assert_whole(&moved, &before)
+}
+
+fn target_worker_killed_while_pages_are_missing_ends_the_container_and_says_so(stage: &Stage) -> Outcome {
+    is_ended_in_postcopy(stage, |id| kill(&stage.b, &["godwit", "migrate-target", id]))
+}
+
+fn source_worker_killed_while_pages_are_missing_ends_the_container_and_says_so(stage: &Stage) -> Outcome {
+    is_ended_in_postcopy(stage, |id| kill(&stage.a, &["godwit", "migrate-source", id]))
+}
+
+/// Without the pages it misses, a container can neither go on nor go back: it has to be ended, at both ends, and
+/// whoever asked is told that it is lost.
+fn is_ended_in_postcopy(stage: &Stage, disturb: impl Fn(&str) -> Outcome) -> Outcome {
+    let (container, before, _) = big(stage)?;
+    let there = Container::adopt(&stage.b, container.id());
+    let slow = Shaped::link(stage, SLOW)?;
+    let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Postcopy, &[])?;
+    await_phase(&mut job, "it runs on the target", || {
+        there.state().is_ok_and(|now| now == Some(Status::Running))
+    })?;
+    disturb(container.id())?;
+    let answer = Answer::read(job.wait()?)?;
+    drop(slow);
+    assert_ne!(answer.code, 0, "it says that all went well");
+    let fate = answer.text("fate").to_owned();
+    assert!(["lost", "unknown"].contains(&fate.as_str()), "{fate}: {}", answer.text("error.cause"));
+    assert!(!answer.text("error.cause").is_empty());
+    await_ended(&there, &before)?;
+    let here = container.state()?;
+    assert!(here != Some(Status::Running), "it runs on the source, and has run on the target");
+    Ok(())
+}
+
+/// All pages are at the target when it resumes, and only have to be put into place: for how long depends on how
+/// many there are. Either that is over when its worker dies, and the container is whole, or it is ended.
+fn target_worker_killed_while_filling_loses_no_page_unnoticed(stage: &Stage) -> Outcome {
+    let storm = Storm { pages: 65_536, ..Storm::of("single") };
+    let container = storm.run_on(&stage.a)?;
+    let before = storm.counts(&container)?;
+    let there = Container::adopt(&stage.b, container.id());
+    let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Native, &[])?;
+    await_phase(&mut job, "it runs on the target", || {
+        there.state().is_ok_and(|now| now == Some(Status::Running))
+    })?;
+    let killed = kill(&stage.b, &["godwit", "migrate-target", container.id()]).is_ok();
+    let answer = answer(job)?;
+    if answer.code == 0 && there.state()? == Some(Status::Running) {
+        return storm.assert_whole(&there, &before);
+    }
+    assert!(killed, "nothing was killed, and it says {}", answer.text("error.cause"));
+    await_ended(&there, &before)?;
+    assert!(container.state()? != Some(Status::Running), "it runs on the source, and has run on the target");
+    Ok(())
+}
+
+/// Waits until a container has ended, and claims that it never found a page that was not what it had written.
+fn await_ended(container: &Container<'_>, before: &Counts) -> Outcome {
+    let mut wrong = 0;
+    await_that("the container is ended", || {
+        if let Ok(now) = BIG.counts(container) {
+            wrong = wrong.max(now.bad());
+        }
+        container.state().is_ok_and(|state| matches!(state, None | Some(Status::Stopped)))
+    })?;
+    assert_eq!(wrong, 0, "it went on with wrong pages, after {before:?}");
+    Ok(())
+}
+
+/// Runs a program whose memory takes seconds on a slow link, and which writes faster than that.
+fn big(stage: &Stage) -> Result<(Container<'_>, Counts, u32), Trouble> {
+    let container = BIG.run_on(&stage.a)?;
+    let (counts, pid) = (BIG.counts(&container)?, container.pid()?);
+    Ok((container, counts, pid))
+}
+
+/// Waits without rest until a migration is in a phase; it may not be for long.
+fn await_phase(job: &mut Job, what: &str, is_so: impl Fn() -> bool) -> Outcome {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        if !job.is_running() || Instant::now() > deadline {
+            return Err(Trouble::Garbled {
+                what: "a phase of a migration",
+                text: format!("{what}: never; {}", job.stdout()),
+            });
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// Tells whether pages of a process are registered with a userfaultfd for writes.
+fn is_tracked(pid: u32) -> bool {
+    let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    maps.lines().any(|line| {
+        line.strip_prefix("VmFlags:").is_some_and(|flags| flags.split(' ').any(|flag| flag == "uw"))
+    })
+}
+
+fn assert_thawed(container: &Container<'_>) -> Outcome {
+    let path = container.cgroup_file("freezer/freezer.state", "cgroup.freeze")?;
+    let text = fs::read_to_string(&path).map_err(Trouble::io("read", &path))?;
+    assert!(["THAWED", "0"].contains(&text.trim()), "{text}");
+    Ok(())
+}
+
+/// Kills a process of a node whose command line has all of `words`, the first of them in the program's name. Only
+/// the node's own processes are looked at, not those of containers.
+fn kill(site: &Site, words: &[&str]) -> Outcome {
+    let mut found = None;
+    wait_until(Duration::from_secs(2), || {
+        let list = site.node().cgroups().init_files().into_iter().next();
+        let pids = list.and_then(|list| fs::read_to_string(list).ok()).unwrap_or_default();
+        let mut pids = pids.lines().filter_map(|pid| pid.parse().ok());
+        found = pids.find(|pid| has_words(*pid, words)).and_then(Daemon::of);
+        found.is_some()
+    });
+    found.ok_or_else(|| missing(&words.join(" ")))?.signal(Signal::SIGKILL);
+    Ok(())
+}
+
+fn has_words(pid: i32, words: &[&str]) -> bool {
+    let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let parts: Vec<&str> = line.split('\0').collect();
+    let Some((first, rest)) = words.split_first() else { return false };
+    let program = parts.first().and_then(|program| program.rsplit('/').next());
+    program.is_some_and(|program| program.starts_with(first)) && rest.iter().all(|word| parts.contains(word))
+}
+
+fn missing(what: &str) -> Trouble {
+    Trouble::Garbled { what: "a process to be disturbed", text: what.to_owned() }
+}
+
+/// The link between the nodes with a rate, taken off on drop.
+struct Shaped<'a> {
+    stage: &'a Stage,
+}
+
+impl<'a> Shaped<'a> {
+    fn link(stage: &'a Stage, rate: &str) -> Result<Self, Trouble> {
+        let shaped = Self { stage };
+        for site in [&stage.a, &stage.b] {
+            let words = ["tc", "qdisc", "replace", "dev", LINK, "root", "tbf", "rate", rate];
+            site.command(&[&words[..], &["burst", "256kb", "latency", "50ms"]].concat())?.ok()?;
+        }
+        Ok(shaped)
+    }
+}
+
+impl Drop for Shaped<'_> {
+    fn drop(&mut self) {
+        for site in [&self.stage.a, &self.stage.b] {
+            // Where that fails, the cases to come are slow, and nothing else.
+            drop(site.command(&["tc", "qdisc", "del", "dev", LINK, "root"]));
+        }
+    }
+}
+
+/// What a node's end of the link is called.
+const LINK: &str = "eth0";
+const BIG: Storm = Storm { kind: "single", pages: 8192, count: 1, reports: 1 };
+/// 32 MiB take almost three seconds.
+const SLOW: &str = "100mbit";

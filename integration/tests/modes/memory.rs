@@ -1,0 +1,170 @@
+//! Programs that treat memory in every way, each moved in every mode.
+
+use std::fs;
+
+use godwit_integration::case;
+use godwit_integration::suite::{Case, Outcome, Stage, Trouble, skip};
+use godwit_protocol::Mode;
+use godwit_protocol::report::Report;
+
+use super::claim::move_by;
+use super::storm::Storm;
+
+/// Makes a case of a program and a mode.
+macro_rules! moved {
+    ($kind:ident by $mode:ident) => {
+        Case::new(concat!("every_page_of_", stringify!($kind), "_arrives_by_", stringify!($mode)), |stage| {
+            arrives(stage, Storm::of(stringify!($kind)), mode(stringify!($mode)))
+        })
+    };
+}
+
+/// Makes the cases of a program: those of modes named first in every run, the others when everything runs.
+macro_rules! in_modes {
+    ($($kind:ident: $($now:ident),+; $($later:ident),*.)+) => {
+        vec![$($(moved!($kind by $now),)+ $(moved!($kind by $later).slow(),)*)+]
+    };
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = in_modes! {
+        single: native, precopy, postcopy, hybrid, auto; .
+        threads: postcopy; native, precopy, hybrid, auto.
+        processes: precopy; native, postcopy, hybrid, auto.
+        forks: hybrid, precopy; native, postcopy, auto.
+        maps: precopy, postcopy; native, hybrid, auto.
+        discards: hybrid, precopy; native, postcopy, auto.
+        moves: precopy, postcopy; native, hybrid, auto.
+        shared: precopy; native, postcopy, hybrid, auto.
+        thp: postcopy, precopy; native, hybrid, auto.
+        vmas: hybrid; native, precopy, postcopy, auto.
+        sparse: postcopy; native, precopy, hybrid, auto.
+        stacks: precopy, hybrid; native, postcopy, auto.
+    };
+    cases.extend([
+        case!(huge_pages_arrive_by_precopy).alone(),
+        case!(huge_pages_arrive_by_every_mode).alone().slow(),
+        case!(a_hundred_thousand_mappings_arrive_by_every_mode).alone().slow(),
+        case!(container_goes_to_and_fro_by_every_mode_in_turn),
+        case!(container_goes_to_and_fro_ten_times_by_every_mode).alone().slow(),
+    ]);
+    cases
+}
+
+/// Moves a program while it works, and has it check all of its memory at the target.
+fn arrives(stage: &Stage, storm: Storm, mode: Mode) -> Outcome {
+    let container = storm.run_on(&stage.a)?;
+    let before = storm.counts(&container)?;
+    let (moved, report) = move_by(&container, &stage.b, mode)?;
+    assert!(report.pages.total > 0);
+    if ANONYMOUS.contains(&storm.kind) {
+        assert_travelled(&report, mode, before.pages());
+    }
+    storm.assert_whole(&moved, &before)
+}
+
+/// Claims that a program's `pages` pages, all written at every moment, were seen when the mode says.
+fn assert_travelled(report: &Report, mode: Mode, pages: u64) {
+    let json = serde_json::to_string(report).unwrap_or_default();
+    assert!(report.pages.normal >= pages, "it has {pages} pages: {json}");
+    if let Some(first) = report.rounds.first() {
+        assert!(first.dirty_pages >= pages, "it has {pages} pages, and the first round is of all: {json}");
+    }
+    if mode == Mode::Postcopy && report.streams > 0 {
+        assert!(report.faults.network.count > 0, "its pages were left at the source: {json}");
+    }
+}
+
+fn huge_pages_arrive_by_precopy(stage: &Stage) -> Outcome {
+    huge_pages_arrive(stage, &[Mode::Precopy])
+}
+
+fn huge_pages_arrive_by_every_mode(stage: &Stage) -> Outcome {
+    huge_pages_arrive(stage, &Mode::ALL)
+}
+
+fn huge_pages_arrive(stage: &Stage, modes: &[Mode]) -> Outcome {
+    // As many at each end, which are both here.
+    let pool = match Setting::raise("/proc/sys/vm/nr_hugepages", 2 * HUGE_PAGES) {
+        Ok(pool) => pool,
+        Err(why) => return skip(format!("there are no huge pages: {why}")),
+    };
+    let storm = Storm { pages: HUGE_PAGES * 512, ..Storm::of("huge") };
+    for mode in modes {
+        arrives(stage, storm, *mode)?;
+    }
+    drop(pool);
+    Ok(())
+}
+
+fn a_hundred_thousand_mappings_arrive_by_every_mode(stage: &Stage) -> Outcome {
+    let storm = Storm { count: 100_000, ..Storm::of("vmas") };
+    let path = "/proc/sys/vm/max_map_count";
+    let limit = fs::read_to_string(path).map_err(Trouble::io("read", path))?;
+    if limit.trim().parse::<u64>().is_ok_and(|limit| limit < storm.count + 1000) {
+        return skip(format!("vm.max_map_count allows a process only {} mappings", limit.trim()));
+    }
+    Mode::ALL.into_iter().try_for_each(|mode| arrives(stage, storm, mode))
+}
+
+/// Memory of two kinds: what changes all the time, and what forks.
+fn container_goes_to_and_fro_by_every_mode_in_turn(stage: &Stage) -> Outcome {
+    goes_to_and_fro(stage, Storm::of("threads"), &Mode::ALL[..4])
+}
+
+fn container_goes_to_and_fro_ten_times_by_every_mode(stage: &Stage) -> Outcome {
+    for kind in ["single", "threads", "forks", "maps", "shared", "thp"] {
+        for mode in Mode::ALL {
+            goes_to_and_fro(stage, Storm::of(kind), &[mode; 20])?;
+        }
+    }
+    Ok(())
+}
+
+fn goes_to_and_fro(stage: &Stage, storm: Storm, modes: &[Mode]) -> Outcome {
+    let mut place = storm.run_on(&stage.a)?;
+    let mut counts = storm.counts(&place)?;
+    for (turn, mode) in modes.iter().enumerate() {
+        let target = if turn % 2 == 0 { &stage.b } else { &stage.a };
+        let (moved, _) = move_by(&place, target, *mode)?;
+        counts = storm.await_passes(&moved, &counts, 2)?;
+        place = moved;
+    }
+    Ok(())
+}
+
+/// A setting of the machine, given back on drop.
+struct Setting {
+    path: &'static str,
+    before: u64,
+}
+
+impl Setting {
+    /// Raises it by `more`; `Err` with the reason when it does not come to that.
+    fn raise(path: &'static str, more: u64) -> Result<Self, String> {
+        let read = || fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
+        let before = read().ok_or_else(|| format!("{path} cannot be read"))?;
+        let setting = Self { path, before };
+        fs::write(path, (before + more).to_string()).map_err(|error| format!("{path}: {error}"))?;
+        match read() {
+            Some(now) if now >= before + more => Ok(setting),
+            now => Err(format!("{path} was to become {}, and is {now:?}", before + more)),
+        }
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        // What was raised a moment ago can be lowered.
+        drop(fs::write(self.path, self.before.to_string()));
+    }
+}
+
+/// Kinds whose memory is private and anonymous, every page of it written before anything else happens.
+const ANONYMOUS: [&str; 4] = ["single", "threads", "processes", "thp"];
+const HUGE_PAGES: u64 = 4;
+
+/// Returns the mode of a name.
+fn mode(name: &str) -> Mode {
+    Mode::ALL.into_iter().find(|mode| mode.to_string() == name).expect("cases name modes")
+}

@@ -1,0 +1,171 @@
+//! Servers under load, moved in every mode: nobody who uses them sees an error.
+//!
+//! Server and clients are in one container, so that both ends of every connection move, and no address has to.
+
+use std::fs;
+
+use godwit_integration::case;
+use godwit_integration::process::wait_until;
+use godwit_integration::suite::{Case, Container, Outcome, Stage, Trouble, skip};
+use godwit_protocol::Mode;
+use sha2::{Digest, Sha256};
+
+use super::claim::{PATIENCE, move_by};
+use super::storm::Storm;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case!(redis_under_load_goes_on_by_precopy_and_postcopy),
+        case!(redis_under_load_goes_on_by_every_mode).slow(),
+        case!(nginx_under_load_loses_no_request_by_hybrid_and_auto),
+        case!(nginx_under_load_loses_no_request_by_every_mode).slow(),
+        case!(python_computes_on_by_postcopy_and_precopy),
+        case!(python_computes_on_by_every_mode).slow(),
+        case!(postgresql_under_pgbench_goes_on).slow(),
+    ]
+}
+
+fn redis_under_load_goes_on_by_precopy_and_postcopy(stage: &Stage) -> Outcome {
+    redis_goes_on(stage, &[Mode::Precopy, Mode::Postcopy])
+}
+
+fn redis_under_load_goes_on_by_every_mode(stage: &Stage) -> Outcome {
+    redis_goes_on(stage, &Mode::ALL)
+}
+
+/// redis-benchmark runs again and again with ten connections; a single error ends the loop. Keys that it does not
+/// touch are compared before and afterwards.
+fn redis_goes_on(stage: &Stage, modes: &[Mode]) -> Outcome {
+    let fill = "for i=1,20000 do redis.call('set', 'kept:'..i, string.rep(i, 50)) end return 1";
+    let digest = "local d='' for i=1,20000 do d=redis.sha1hex(d..redis.call('get', 'kept:'..i)) end return d";
+    let script = "redis-server --save '' --appendonly no --protected-mode no >/dev/null & \
+        until redis-cli PING 2>/dev/null | grep -q PONG; do sleep 0.1; done; n=0; \
+        while redis-benchmark -q -c 10 -n 4000 -r 10000 -t set,get,incr,lpush >/run/bench 2>&1 \
+            && ! grep -qi error /run/bench; \
+        do n=$((n+1)); echo $n >/run/rounds.next; mv /run/rounds.next /run/rounds; done; \
+        cp /run/bench /run/failed; sleep 1000000";
+    let mut place = stage.a.plan("redis").image("redis").run(&["sh", "-c", script])?;
+    let mut rounds = await_rounds(&place, 0)?;
+    redis(&place, &["EVAL", fill, "0"])?;
+    let before = redis(&place, &["EVAL", digest, "0"])?;
+    assert_eq!(before.len(), 40, "{before}");
+    for (turn, mode) in modes.iter().enumerate() {
+        let target = if turn % 2 == 0 { &stage.b } else { &stage.a };
+        let (moved, _) = move_by(&place, target, *mode)?;
+        // The second round from here began after the move.
+        rounds = await_rounds(&moved, rounds + 1)?;
+        assert_eq!(redis(&moved, &["EVAL", digest, "0"])?, before, "after {mode}");
+        place = moved;
+    }
+    Ok(())
+}
+
+fn redis(container: &Container<'_>, args: &[&str]) -> Result<String, Trouble> {
+    Ok(container.exec(&[&["redis-cli"], args].concat())?.ok()?.trim().to_owned())
+}
+
+/// Waits until a load has gone through more than `past` rounds, and claims that none has failed.
+fn await_rounds(container: &Container<'_>, past: u64) -> Result<u64, Trouble> {
+    let root = format!("/proc/{}/root/run", container.pid()?);
+    let failure = || fs::read_to_string(format!("{root}/failed")).ok();
+    let rounds = || fs::read_to_string(format!("{root}/rounds")).ok()?.trim().parse::<u64>().ok();
+    let mut last = 0;
+    let done = wait_until(PATIENCE, || {
+        last = rounds().unwrap_or(last);
+        last > past || failure().is_some()
+    });
+    if let Some(text) = failure() {
+        return Err(Trouble::Garbled { what: "a load without errors", text });
+    }
+    if !done {
+        let what = format!("{} goes through more than {past} rounds of load", container.id());
+        return Err(Trouble::Late { what, after: PATIENCE });
+    }
+    Ok(last)
+}
+
+fn nginx_under_load_loses_no_request_by_hybrid_and_auto(stage: &Stage) -> Outcome {
+    nginx_loses_no_request(stage, &[Mode::Hybrid, Mode::Auto])
+}
+
+fn nginx_under_load_loses_no_request_by_every_mode(stage: &Stage) -> Outcome {
+    nginx_loses_no_request(stage, &Mode::ALL)
+}
+
+/// Connections are kept for the whole of the test: one that breaks counts as an error.
+fn nginx_loses_no_request(stage: &Stage, modes: &[Mode]) -> Outcome {
+    let client = Storm { kind: "visit", pages: 0, count: 4, reports: 4 };
+    let script = "/usr/sbin/nginx -g 'daemon off;' & exec workload visit 127.0.0.1:80 godwit --connections 4";
+    let mut place = stage.a.plan("nginx").image("visited").run(&["sh", "-c", script])?;
+    let mut counts = client.await_passes(&place, &Default::default(), 1)?;
+    for (turn, mode) in modes.iter().enumerate() {
+        let target = if turn % 2 == 0 { &stage.b } else { &stage.a };
+        let (moved, _) = move_by(&place, target, *mode)?;
+        counts = client.await_passes(&moved, &counts, 2)?;
+        place = moved;
+    }
+    Ok(())
+}
+
+fn python_computes_on_by_postcopy_and_precopy(stage: &Stage) -> Outcome {
+    python_computes_on(stage, &[Mode::Postcopy, Mode::Precopy])
+}
+
+fn python_computes_on_by_every_mode(stage: &Stage) -> Outcome {
+    python_computes_on(stage, &Mode::ALL)
+}
+
+/// Python hashes a hash again and again and writes down how often and what came of it; a single lost or doubled
+/// step, or a damaged object, shows in all that follows.
+fn python_computes_on(stage: &Stage, modes: &[Mode]) -> Outcome {
+    let mut place = stage.a.plan("python").image("python3").run(&["python3", "-c", PYTHON])?;
+    let mut steps = await_steps(&place, 1000)?;
+    for (turn, mode) in modes.iter().enumerate() {
+        let target = if turn % 2 == 0 { &stage.b } else { &stage.a };
+        let (moved, _) = move_by(&place, target, *mode)?;
+        steps = await_steps(&moved, steps + 1000)?;
+        place = moved;
+    }
+    Ok(())
+}
+
+/// Waits until Python has taken more than `past` steps, and claims that their result is right and that it found its
+/// objects whole.
+fn await_steps(container: &Container<'_>, past: u64) -> Result<u64, Trouble> {
+    let path = format!("/proc/{}/root/run/steps", container.pid()?);
+    let mut found = None;
+    wait_until(PATIENCE, || {
+        let text = fs::read_to_string(&path).unwrap_or_default();
+        found = text.split_once(' ').and_then(|(steps, digest)| {
+            Some((steps.parse::<u64>().ok().filter(|steps| *steps > past)?, digest.trim().to_owned()))
+        });
+        found.is_some()
+    });
+    let Some((steps, digest)) = found else {
+        let what = format!("{} takes more than {past} steps", container.id());
+        return Err(Trouble::Late { what, after: PATIENCE });
+    };
+    let expected = (0..steps).fold(Vec::new(), |state, _| Sha256::digest(&state).to_vec());
+    assert_eq!(digest, expected.iter().map(|byte| format!("{byte:02x}")).collect::<String>());
+    Ok(steps)
+}
+
+/// PostgreSQL refuses to run as root, and CRIU needs CAP_SYS_RESOURCE for the limits of another user's processes.
+fn postgresql_under_pgbench_goes_on(_: &Stage) -> Outcome {
+    skip("processes of other users cannot be dumped: there is no CAP_SYS_RESOURCE")
+}
+
+const PYTHON: &str = "
+import hashlib, os, time
+kept = {number: str(number) * 20 for number in range(50000)}
+state, steps = b'', 0
+while True:
+    for _ in range(100):
+        state, steps = hashlib.sha256(state).digest(), steps + 1
+    if any(kept[number] != str(number) * 20 for number in range(steps % 50000, 50000, 997)):
+        state = b'lost'
+    with open('/run/steps.next', 'w') as file:
+        file.write(f'{steps} {state.hex()}')
+    os.rename('/run/steps.next', '/run/steps')
+    time.sleep(0.002)
+";

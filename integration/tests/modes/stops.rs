@@ -1,0 +1,147 @@
+//! Between the start of a migration and the freeze, no task is stopped but for the moment of an injection.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use godwit_integration::case;
+use godwit_integration::suite::{Case, Container, Outcome, Stage, Trouble};
+use godwit_protocol::Mode;
+
+use super::claim::move_by;
+use super::storm::Storm;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case!(rounds_stop_a_thread_only_for_an_injection).alone(),
+        case!(rounds_stop_many_processes_only_for_an_injection).alone(),
+        case!(postcopy_stops_nothing_before_the_freeze).alone(),
+    ]
+}
+
+fn rounds_stop_a_thread_only_for_an_injection(stage: &Stage) -> Outcome {
+    assert_runs_on(stage, Storm::of("beat"), Mode::Precopy, 1)
+}
+
+fn rounds_stop_many_processes_only_for_an_injection(stage: &Stage) -> Outcome {
+    let storm = Storm { count: 4, reports: 4, ..Storm::of("processes") };
+    assert_runs_on(stage, storm, Mode::Hybrid, 1)
+}
+
+fn postcopy_stops_nothing_before_the_freeze(stage: &Stage) -> Outcome {
+    assert_runs_on(stage, Storm::of("beat"), Mode::Postcopy, 0)
+}
+
+/// Looks at every task more than a thousand times a second while the container moves, and claims that each was stopped
+/// at most `stops` times and for a few milliseconds before its cgroup froze. CRIU thaws the cgroup as soon as it holds
+/// the tasks; where that was too fast to be seen, it tries again.
+fn assert_runs_on(stage: &Stage, storm: Storm, mode: Mode, stops: u64) -> Outcome {
+    let mut place = storm.run_on(&stage.a)?;
+    let mut counts = storm.counts(&place)?;
+    for turn in 0..ATTEMPTS {
+        let target = if turn % 2 == 0 { &stage.b } else { &stage.a };
+        let freezer = place.cgroup_file("freezer/freezer.state", "cgroup.freeze")?;
+        let tasks = tasks_of(&place)?;
+        let over = AtomicBool::new(false);
+        let (moved, watched) = thread::scope(|scope| {
+            let watch = scope.spawn(|| watch(&tasks, &freezer.to_string_lossy(), &over));
+            let moved = move_by(&place, target, mode);
+            over.store(true, Ordering::Relaxed);
+            (moved, watch.join().unwrap_or_default())
+        });
+        place = moved?.0;
+        counts = storm.await_passes(&place, &counts, 2)?;
+        if watched.saw_the_freeze {
+            watched.assert_ran_on(stops);
+            return Ok(());
+        }
+    }
+    Err(Trouble::Garbled { what: "the moment of the freeze", text: format!("missed {ATTEMPTS} times") })
+}
+
+/// What was seen until the cgroup began to freeze.
+#[derive(Debug, Default)]
+struct Watched {
+    looks: u64,
+    saw_the_freeze: bool,
+    /// The longest time between two looks: a stop cannot be known to be shorter.
+    longest_gap: Duration,
+    /// By task, if it was seen stopped.
+    stops: BTreeMap<String, Stopped>,
+}
+
+impl Watched {
+    fn assert_ran_on(&self, stops: u64) {
+        assert!(self.looks > 20, "{self:?}");
+        for (task, stopped) in &self.stops {
+            assert!(stopped.times <= stops, "{task} was stopped more than {stops} times: {self:?}");
+            assert!(stopped.longest <= STOP_MAX + self.longest_gap, "{task} was stopped for long: {self:?}");
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Stopped {
+    times: u64,
+    longest: Duration,
+    since: Option<Instant>,
+}
+
+fn watch(tasks: &[String], freezer: &str, over: &AtomicBool) -> Watched {
+    let mut watched = Watched::default();
+    let mut last = Instant::now();
+    while !over.load(Ordering::Relaxed) {
+        let states: Vec<_> = tasks.iter().map(|task| state(task)).collect();
+        // After the states: what is stopped while nothing freezes yet is stopped by somebody else.
+        let freezing = fs::read_to_string(freezer).is_ok_and(|text| !["THAWED", "0"].contains(&text.trim()));
+        if freezing {
+            watched.saw_the_freeze = true;
+            break;
+        }
+        let now = Instant::now();
+        watched.looks += 1;
+        watched.longest_gap = watched.longest_gap.max(now - last);
+        last = now;
+        for (task, state) in tasks.iter().zip(states) {
+            let is_stopped = matches!(state, Some('t' | 'T'));
+            if !is_stopped && !watched.stops.contains_key(task) {
+                continue;
+            }
+            let stopped = watched.stops.entry(task.clone()).or_default();
+            match (is_stopped, stopped.since) {
+                (true, None) => {
+                    stopped.times += 1;
+                    stopped.since = Some(now);
+                }
+                (true, Some(since)) => stopped.longest = stopped.longest.max(now - since),
+                (false, _) => stopped.since = None,
+            }
+        }
+        thread::sleep(LOOK_EVERY);
+    }
+    watched
+}
+
+/// The directories of all tasks of a container.
+fn tasks_of(container: &Container<'_>) -> Result<Vec<String>, Trouble> {
+    let mut tasks = Vec::new();
+    for pid in container.site().rpc.pids(container.id())? {
+        let dir = format!("/proc/{pid}/task");
+        let entries = fs::read_dir(&dir).map_err(Trouble::io("read", &dir))?;
+        tasks.extend(entries.flatten().map(|entry| entry.path().display().to_string()));
+    }
+    Ok(tasks)
+}
+
+/// The state of a task, the first field behind the name in proc_pid_stat(5).
+fn state(task: &str) -> Option<char> {
+    let stat = fs::read_to_string(format!("{task}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
+const LOOK_EVERY: Duration = Duration::from_micros(300);
+const ATTEMPTS: u32 = 6;
+/// An injection takes less than a millisecond on a machine that does nothing else.
+const STOP_MAX: Duration = Duration::from_millis(10);
