@@ -51,17 +51,17 @@ impl Warden {
         self.send(STAND_DOWN, 0, None).ok();
     }
 
-    fn send(&self, what: u8, key: u64, faults: Option<OwnedFd>) -> Result<(), SysError> {
+    fn send(&self, what: u8, key: u64, faults: Option<&OwnedFd>) -> Result<(), SysError> {
         let mut message = [what; MESSAGE_LEN];
         message[1..].copy_from_slice(&key.to_le_bytes());
-        let fds: Vec<_> = faults.iter().map(AsFd::as_fd).collect();
+        let fds: Vec<_> = faults.map(AsFd::as_fd).into_iter().collect();
         fdpass::send(&self.socket, &message, &fds).map(drop)
     }
 }
 
 impl Keeper for Warden {
     fn keep(&self, key: u64, _pid: i32, faults: OwnedFd) -> Result<(), MemoryError> {
-        Ok(self.send(KEEP, key, Some(faults))?)
+        Ok(self.send(KEEP, key, Some(&faults))?)
     }
 
     fn release(&self, key: u64) {
