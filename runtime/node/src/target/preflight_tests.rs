@@ -3,6 +3,7 @@
 use godwit_protocol::{
     Mode,
     offer::{Blob, ContainerRecord, Descriptor, Image, Needs, Runtime, Snapshot, Stdio, TypedBytes},
+    plan::Abilities,
 };
 
 use super::*;
@@ -58,6 +59,8 @@ pub(crate) fn offer() -> Offer {
         },
         stdio: Stdio::default(),
         needs: Needs { memory_bytes: 1 << 30, rootfs_bytes: 1 << 20, tasks: 1 },
+        abilities: Abilities::default(),
+        streams: 2,
     }
 }
 

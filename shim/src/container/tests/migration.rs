@@ -285,13 +285,13 @@ async fn a_container_that_was_restored_is_seen_to_run_before_its_worker_says_so(
 #[tokio::test(flavor = "current_thread")]
 async fn what_a_worker_reports_is_passed_on_as_it_is() {
     let bench = Bench::started(Arc::default()).await;
-    let progress = PROGRESS.replace("\"phase\"", "\"rounds\":[{\"dirty\":7}],\"phase\"");
-    let report = REPORT.replace("\"cpu_s\"", "\"faults\":{\"count\":9},\"cpu_s\"");
+    let progress = PROGRESS.replace("\"phase\"", "\"unheard_of\":[{\"dirty\":7}],\"phase\"");
+    let report = REPORT.replace("\"cpu_s\"", "\"news\":{\"count\":9},\"cpu_s\"");
     bench.worker(&[&progress, &format!(r#"{{"event":"committed","report":{report}}}"#)], "read line");
     bench.checkpoint("godwit://b?migration=m").await.unwrap();
     let snapshot = bench.snapshot();
-    assert_eq!(snapshot["rounds"][0]["dirty"], 7);
-    assert_eq!(snapshot["ended"]["report"]["faults"]["count"], 9);
+    assert_eq!(snapshot["unheard_of"][0]["dirty"], 7);
+    assert_eq!(snapshot["ended"]["report"]["news"]["count"], 9);
     // And as the protocol has it.
     serde_json::from_value::<godwit_protocol::worker::Snapshot>(snapshot).unwrap();
 }
