@@ -45,8 +45,8 @@ struct Serving<'w> {
     claims: Claims,
     /// Where a page was missed last; the number tells a new one.
     missed: Mutex<(u64, i32, u64)>,
-    pages: AtomicU64,
-    zero_pages: AtomicU64,
+    pages: &'w AtomicU64,
+    zero_pages: &'w AtomicU64,
     requested_pages: AtomicU64,
     requests: AtomicU64,
     /// All pages are sent: the end of the fault stream is no error.
@@ -71,8 +71,8 @@ impl PageStreams {
             work,
             claims: Claims::of(work),
             missed: Mutex::default(),
-            pages: AtomicU64::new(0),
-            zero_pages: AtomicU64::new(0),
+            pages: &self.served_pages,
+            zero_pages: &self.served_zero_pages,
             requested_pages: AtomicU64::new(0),
             requests: AtomicU64::new(0),
             ending: AtomicBool::new(false),
@@ -107,12 +107,18 @@ impl PageStreams {
         })?;
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Ok(Served {
-            pages: read(&serving.pages),
-            zero_pages: read(&serving.zero_pages),
+            pages: read(serving.pages),
+            zero_pages: read(serving.zero_pages),
             requested_pages: read(&serving.requested_pages),
             requests: read(&serving.requests),
             bytes: self.sent_bytes() - bytes_before,
         })
+    }
+
+    /// Returns how many pages were served so far, and how many of them hold only zeros: also of a serving that has not
+    /// ended yet, or that ended because the target has everything and has closed its streams.
+    pub fn served_pages(&self) -> (u64, u64) {
+        (self.served_pages.load(Ordering::Relaxed), self.served_zero_pages.load(Ordering::Relaxed))
     }
 
     /// Body of the fault thread.

@@ -29,6 +29,8 @@ pub struct PageStreams {
     breaker: StreamsBreaker,
     sent_bytes: Vec<Arc<AtomicU64>>,
     stored: Mutex<BTreeMap<i32, PageSet>>,
+    pub(super) served_pages: AtomicU64,
+    pub(super) served_zero_pages: AtomicU64,
 }
 
 /// Stops all streams, from any thread.
@@ -93,6 +95,8 @@ impl PageStreams {
             breaker: StreamsBreaker { links: breakers.into(), stopped: Arc::default() },
             sent_bytes,
             stored: Mutex::default(),
+            served_pages: AtomicU64::new(0),
+            served_zero_pages: AtomicU64::new(0),
         })
     }
 

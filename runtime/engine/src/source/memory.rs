@@ -71,6 +71,8 @@ pub(super) struct Memory {
     streams: Option<StreamsBreaker>,
     /// The word that pages which were left here may be pushed.
     push: Option<Sender<()>>,
+    /// Closed when the thread has ended.
+    ended: Receiver<()>,
 }
 
 /// What the dump and the stream of images wait for in the freeze.
@@ -110,9 +112,13 @@ impl Memory {
             remote: Vec::new(),
             sent,
         };
-        let body = move || follower.run(&received, tell);
+        let (running, ended) = channel();
+        let body = move || {
+            follower.run(&received, tell);
+            drop::<Sender<()>>(running);
+        };
         thread::Builder::new().name("memory".to_owned()).spawn(body)?;
-        Ok(Self { orders, hidden, streams: None, push: None })
+        Ok(Self { orders, hidden, streams: None, push: None, ended })
     }
 
     /// Takes what stops the streams, once they are open.
@@ -148,6 +154,12 @@ impl Memory {
             Some(push) => push.send(()).unwrap_or_default(),
             None => self.order(Order::Finish),
         }
+    }
+
+    /// Waits until the thread has counted what it sent: the target may have the last page before that.
+    pub(super) fn finish(mut self) {
+        self.orders = channel().0;
+        self.ended.recv_timeout(LAST_WORD_MAX).ok();
     }
 
     fn order(&self, order: Order) {
@@ -317,8 +329,10 @@ impl Follower {
     }
 
     fn serve(&self, begin_push: &Receiver<()>) -> Result<(), Cause> {
-        let served = self.streams()?.serve(&self.remote, begin_push)?;
-        self.count(served.pages - served.zero_pages, served.zero_pages);
+        let served = self.streams()?.serve(&self.remote, begin_push);
+        let (pages, zero_pages) = self.streams()?.served_pages();
+        self.count(pages - zero_pages, zero_pages);
+        let served = served?;
         log::info!("served {} pages, {} of them on request", served.pages, served.requested_pages);
         Ok(())
     }

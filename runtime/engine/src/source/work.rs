@@ -280,7 +280,9 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
     pub(super) fn kill(&mut self) {
         self.moved_at = self.clock.now();
         // No page is needed any more, and CRIU has to find the tasks as it left them.
-        self.memory = None;
+        if let Some(memory) = self.memory.take() {
+            memory.finish();
+        }
         if let Err(cause) = self.end_dump(Verdict::Kill) {
             log::warn!("criu did not end the moved container's tasks: {cause}");
         }
