@@ -111,9 +111,7 @@ fn is_ended_in_postcopy(stage: &Stage, disturb: impl Fn(&str) -> Outcome) -> Out
     let there = Container::adopt(&stage.b, container.id());
     let slow = Shaped::link(stage, SLOW)?;
     let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Postcopy, &[])?;
-    await_phase(&mut job, "it runs on the target", || {
-        there.state().is_ok_and(|now| now == Some(Status::Running))
-    })?;
+    await_phase(&mut job, "it runs on the target", || has_run(BIG, &there))?;
     disturb(container.id())?;
     let answer = Answer::read(job.wait()?)?;
     drop(slow);
@@ -135,9 +133,7 @@ fn target_worker_killed_while_filling_loses_no_page_unnoticed(stage: &Stage) -> 
     let before = storm.counts(&container)?;
     let there = Container::adopt(&stage.b, container.id());
     let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Native, &[])?;
-    await_phase(&mut job, "it runs on the target", || {
-        there.state().is_ok_and(|now| now == Some(Status::Running))
-    })?;
+    await_phase(&mut job, "it runs on the target", || has_run(storm, &there))?;
     let killed = kill(&stage.b, &["godwit", "migrate-target", container.id()]).is_ok();
     let answer = answer(job)?;
     if answer.code == 0 && there.state()? == Some(Status::Running) {
@@ -147,6 +143,15 @@ fn target_worker_killed_while_filling_loses_no_page_unnoticed(stage: &Stage) -> 
     await_ended(&there, &before)?;
     assert!(container.state()? != Some(Status::Running), "it runs on the source, and has run on the target");
     Ok(())
+}
+
+/// Tells whether a container that was moved goes on just now. containerd has its task as running from the moment when
+/// it is restored, which is before it resumes.
+fn has_run(storm: Storm, container: &Container<'_>) -> bool {
+    let counts = || storm.counts(container).ok();
+    let Some(before) = counts() else { return false };
+    std::thread::sleep(Duration::from_millis(15));
+    counts().is_some_and(|now| now.steps() > before.steps())
 }
 
 /// Waits until a container has ended, and claims that it never found a page that was not what it had written.

@@ -112,6 +112,8 @@ fn hosts_that_lack_nothing(stage: &Stage) -> Outcome {
 fn lack(site: &Site, flags: &str) -> Outcome {
     let path = site.node().path("/run/lacks");
     fs::write(&path, flags).map_err(Trouble::io("write", &path))?;
+    // CRIU remembers there what the kernel could do the last time.
+    drop(fs::remove_file(site.node().path("/run/criu.kdat")));
     site.node().stop_agent(Signal::SIGTERM);
     Ok(site.node().start_agent::<[&str; 0], _>([])?)
 }

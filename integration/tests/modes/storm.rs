@@ -110,6 +110,11 @@ impl Counts {
         self.0.iter().map(|[pages, ..]| pages).sum()
     }
 
+    /// Changes by all writers.
+    pub(super) fn steps(&self) -> u64 {
+        self.0.iter().map(|[_, _, steps, ..]| steps).sum()
+    }
+
     fn is_past(&self, earlier: &Self, passes: u64) -> bool {
         self.with(earlier).all(|([.., now, _], [.., before, _])| *now >= before + passes)
     }
