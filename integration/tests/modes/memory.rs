@@ -85,7 +85,7 @@ fn huge_pages_arrive_by_every_mode(stage: &Stage) -> Outcome {
 
 fn huge_pages_arrive(stage: &Stage, modes: &[Mode]) -> Outcome {
     // As many at each end, which are both here.
-    let pool = match Setting::raise("/proc/sys/vm/nr_hugepages", 2 * HUGE_PAGES) {
+    let pool = match Setting::at_least("/proc/sys/vm/nr_hugepages", 2 * HUGE_PAGES) {
         Ok(pool) => pool,
         Err(why) => return skip(format!("there are no huge pages: {why}")),
     };
@@ -99,12 +99,13 @@ fn huge_pages_arrive(stage: &Stage, modes: &[Mode]) -> Outcome {
 
 fn a_hundred_thousand_mappings_arrive_by_every_mode(stage: &Stage) -> Outcome {
     let storm = Storm { count: 100_000, ..Storm::of("vmas") };
-    let path = "/proc/sys/vm/max_map_count";
-    let limit = fs::read_to_string(path).map_err(Trouble::io("read", path))?;
-    if limit.trim().parse::<u64>().is_ok_and(|limit| limit < storm.count + 1000) {
-        return skip(format!("vm.max_map_count allows a process only {} mappings", limit.trim()));
-    }
-    Mode::ALL.into_iter().try_for_each(|mode| arrives(stage, storm, mode))
+    let limit = match Setting::at_least("/proc/sys/vm/max_map_count", 2 * storm.count) {
+        Ok(limit) => limit,
+        Err(why) => return skip(format!("a process may not have so many mappings: {why}")),
+    };
+    let outcome = Mode::ALL.into_iter().try_for_each(|mode| arrives(stage, storm, mode));
+    drop(limit);
+    outcome
 }
 
 /// Memory of two kinds: what changes all the time, and what forks.
@@ -140,15 +141,17 @@ struct Setting {
 }
 
 impl Setting {
-    /// Raises it by `more`; `Err` with the reason when it does not come to that.
-    fn raise(path: &'static str, more: u64) -> Result<Self, String> {
+    /// Raises it to `least`, unless it is there; `Err` with the reason when it does not come to that.
+    fn at_least(path: &'static str, least: u64) -> Result<Self, String> {
         let read = || fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
         let before = read().ok_or_else(|| format!("{path} cannot be read"))?;
         let setting = Self { path, before };
-        fs::write(path, (before + more).to_string()).map_err(|error| format!("{path}: {error}"))?;
+        if before < least {
+            fs::write(path, least.to_string()).map_err(|error| format!("{path}: {error}"))?;
+        }
         match read() {
-            Some(now) if now >= before + more => Ok(setting),
-            now => Err(format!("{path} was to become {}, and is {now:?}", before + more)),
+            Some(now) if now >= least => Ok(setting),
+            now => Err(format!("{path} was to become {least}, and is {now:?}")),
         }
     }
 }
