@@ -97,10 +97,11 @@ pub fn by_name(name: &str) -> Result<Image> {
         "python3" => python3(),
         "nginx" => Image::with("nginx", nginx_files()?, words(&NGINX)),
         "visited" => visited(),
+        "postgres" => postgres(),
         _ => Err(BedError::Invalid {
             what: "image",
             value: name.to_owned(),
-            expected: "one of busybox, memhog, redis, python3, nginx, visited, or the path of an archive",
+            expected: "one of busybox, memhog, redis, python3, nginx, visited, postgres, or the path of an archive",
         }),
     }
 }
@@ -149,6 +150,35 @@ fn visited() -> Result<Image> {
     let mut files = nginx_files()?;
     files.add_program(&tools::built()?.join("workload"), Path::new("/usr/bin/workload"))?;
     Image::with("visited", files, words(&NGINX))
+}
+
+/// PostgreSQL as Debian has it, with pgbench, at the places where it looks for its own files.
+fn postgres() -> Result<Image> {
+    let missing = || BedError::Missing {
+        tool: "postgres".to_owned(),
+        hint: "it is in the package postgresql, which only a full run needs".to_owned(),
+    };
+    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let version = versions.map(|entry| entry.file_name()).max().ok_or_else(missing)?;
+    let home = Path::new("/usr/lib/postgresql").join(&version);
+    let mut files = Files::default();
+    for tool in ["postgres", "initdb", "psql", "pgbench"] {
+        let program = home.join("bin").join(tool);
+        if !program.exists() {
+            return Err(missing());
+        }
+        files.add_program(&program, &program)?;
+    }
+    // Without what compiles queries, which is larger than all the rest.
+    files.add_host_tree(&home.join("lib"), &|name| name == "bitcode" || name.contains("llvm"))?;
+    for library in fs::read_dir(home.join("lib")).into_iter().flatten().flatten() {
+        let name = library.file_name().to_string_lossy().into_owned();
+        if name.ends_with(".so") && !name.contains("llvm") {
+            files.add_libraries(&library.path())?;
+        }
+    }
+    files.add_host_tree(&Path::new("/usr/share/postgresql").join(&version), &|name| name == "man")?;
+    Image::with("postgres", files, words(&["sh"]))
 }
 
 fn busybox_files() -> Result<Files> {

@@ -3,7 +3,7 @@
 use std::fs;
 
 use godwit_integration::case;
-use godwit_integration::suite::{Case, Outcome, Stage, Trouble, skip};
+use godwit_integration::suite::{Case, Outcome, Stage, skip};
 use godwit_protocol::Mode;
 use godwit_protocol::report::Report;
 

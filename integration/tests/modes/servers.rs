@@ -4,9 +4,9 @@
 
 use std::fs;
 
-use godwit_integration::case;
 use godwit_integration::process::wait_until;
 use godwit_integration::suite::{Case, Container, Outcome, Stage, Trouble, skip};
+use godwit_integration::{BedError, case};
 use godwit_protocol::Mode;
 use sha2::{Digest, Sha256};
 
@@ -148,11 +148,82 @@ fn await_steps(container: &Container<'_>, past: u64) -> Result<u64, Trouble> {
     Ok(steps)
 }
 
-/// PostgreSQL refuses to run as root, and CRIU needs CAP_SYS_RESOURCE for the limits of another user's processes.
-fn postgresql_under_pgbench_goes_on(_: &Stage) -> Outcome {
-    skip("processes of other users cannot be dumped: there is no CAP_SYS_RESOURCE")
+/// pgbench has four clients change three tables and a history together: their sums are equal at every moment, unless
+/// something was lost. PostgreSQL refuses to run as root, and CRIU needs CAP_SYS_RESOURCE to dump the processes of
+/// another user.
+fn postgresql_under_pgbench_goes_on(stage: &Stage) -> Outcome {
+    let status = fs::read_to_string("/proc/self/status").map_err(Trouble::io("read", "/proc/self/status"))?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default();
+    if mask >> CAP_SYS_RESOURCE & 1 == 0 {
+        return skip("processes of other users cannot be dumped without CAP_SYS_RESOURCE");
+    }
+    for site in [&stage.a, &stage.b] {
+        match site.import(&["postgres"]) {
+            Err(Trouble::Bed(BedError::Missing { tool, hint })) => return skip(format!("no {tool}: {hint}")),
+            imported => imported?,
+        }
+    }
+    let mut place = stage.a.plan("postgres").image("postgres").run(&["sh", "-c", POSTGRES])?;
+    let mut transactions = await_transactions(&place, 0)?;
+    for (turn, mode) in Mode::ALL.into_iter().enumerate() {
+        let target = if turn % 2 == 0 { &stage.b } else { &stage.a };
+        let (moved, _) = move_by(&place, target, mode)?;
+        transactions = await_transactions(&moved, transactions + 100)?;
+        place = moved;
+    }
+    Ok(())
 }
 
+/// Waits until pgbench has made more than `past` transactions, and claims that none has failed and that all sums agree.
+fn await_transactions(container: &Container<'_>, past: u64) -> Result<u64, Trouble> {
+    let failure = format!("/proc/{}/root/run/failed", container.pid()?);
+    let sums = || {
+        let done = container.exec(&["sh", "-c", SUMS]).ok()?;
+        let numbers =
+            done.stdout.trim().split('|').map(str::parse::<i64>).collect::<Result<Vec<_>, _>>().ok()?;
+        <[i64; 5]>::try_from(numbers).ok()
+    };
+    let mut last = None;
+    wait_until(PATIENCE, || {
+        last = sums().or(last);
+        fs::exists(&failure).unwrap_or_default()
+            || last.is_some_and(|[count, ..]| u64::try_from(count).is_ok_and(|count| count > past))
+    });
+    if let Ok(text) = fs::read_to_string(&failure) {
+        return Err(Trouble::Garbled { what: "a load without errors", text });
+    }
+    match last {
+        Some([count, accounts, branches, tellers, history])
+            if u64::try_from(count).is_ok_and(|count| count > past) =>
+        {
+            assert_eq!([accounts, branches, tellers], [history; 3], "the tables do not agree");
+            Ok(u64::try_from(count).unwrap_or_default())
+        }
+        seen => {
+            let what = format!("pgbench in {} makes more than {past} transactions; {seen:?}", container.id());
+            Err(Trouble::Late { what, after: PATIENCE })
+        }
+    }
+}
+
+const CAP_SYS_RESOURCE: u32 = 24;
+const POSTGRES: &str = "\
+set -- /usr/lib/postgresql/*/bin
+bin=$1
+mkdir /pg && chown www-data /pg
+su -s /bin/sh www-data -c \"$bin/initdb -D /pg/data -A trust --no-locale >/pg/initdb && \
+    exec $bin/postgres -D /pg/data -k /pg -c listen_addresses= -c fsync=off >/pg/log 2>&1\" &
+until $bin/psql -h /pg -U www-data -d postgres -c 'select 1' >/dev/null 2>&1; do sleep 0.2; done
+$bin/pgbench -i -q -h /pg -U www-data postgres >/pg/filled 2>&1
+$bin/pgbench -n -h /pg -U www-data -c 4 -T 1000000 postgres >/run/pgbench 2>&1
+mv /run/pgbench /run/failed
+sleep 1000000
+";
+const SUMS: &str = "\
+/usr/lib/postgresql/*/bin/psql -h /pg -U www-data -d postgres -Atc 'select (select count(*) from pgbench_history), \
+(select sum(abalance) from pgbench_accounts), (select sum(bbalance) from pgbench_branches), \
+(select sum(tbalance) from pgbench_tellers), (select sum(delta) from pgbench_history)'";
 const REDIS: &str = "\
 redis-server --save '' --appendonly no --protected-mode no >/dev/null &
 until redis-cli PING 2>/dev/null | grep -q PONG; do sleep 0.1; done
