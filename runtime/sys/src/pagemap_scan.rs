@@ -136,7 +136,8 @@ impl Pagemap {
     ///
     /// # Errors
     /// [`SysError::Call`]: `EPERM` when `protect` was asked for and something in the range is not registered
-    /// for it (pages below it may have been protected), `ENOTTY` or `EINVAL` when the kernel has no such call.
+    /// for it (pages below it may have been protected), `ENOTTY` or `EINVAL` when the kernel has no such call, `ESRCH`
+    /// when the process has ended since it was opened.
     pub fn scan(&self, range: PageRange, scan: Scan, buffer: &mut [Region]) -> Result<Scanned> {
         let mut argument = ScanArgument {
             size: size_of::<ScanArgument>() as u64,
@@ -291,6 +292,20 @@ mod tests {
             })
             .unwrap();
         found
+    }
+
+    #[test]
+    fn a_process_that_has_ended_since_is_none() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pagemap = Pagemap::open(i32::try_from(child.id()).unwrap()).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let all = PageRange::new(PAGE_BYTES, 1 << 40).unwrap();
+        let answer = pagemap.scan(all, Scan::default(), &mut [Region::default(); 4]);
+        assert!(
+            matches!(answer, Err(SysError::Call { errno: Errno::ESRCH | Errno::ENOTTY, .. })),
+            "{answer:?}"
+        );
     }
 
     #[test]

@@ -177,7 +177,13 @@ fn scan_space(pid: i32, faults: Option<&Userfaultfd>, buffer: &mut [Region]) -> 
     let pagemap = Pagemap::open(pid)?;
     let mut found = Found::default();
     for range in ranges {
-        scan_mapping(&pagemap, faults, range, buffer, &mut found)?;
+        scan_mapping(&pagemap, faults, range, buffer, &mut found).map_err(|error| match error {
+            // It has let its memory go: an open pagemap does not keep it.
+            MemoryError::Sys(SysError::Call { errno: Errno::ESRCH, .. }) => {
+                SysError::NoProcess { pid }.into()
+            }
+            error => error,
+        })?;
     }
     Ok(found)
 }
