@@ -26,6 +26,15 @@ macro_rules! in_modes {
     };
 }
 
+/// Makes a case of moving to and fro ten times in every mode for each program.
+macro_rules! ten_times {
+    ($($kind:ident)+) => {
+        [$(Case::new(concat!(stringify!($kind), "_goes_to_and_fro_ten_times_by_every_mode"), |stage| {
+            goes_to_and_fro_ten_times(stage, stringify!($kind))
+        }).slow()),+]
+    };
+}
+
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = in_modes! {
         single: native, precopy, postcopy, hybrid, auto; .
@@ -46,8 +55,10 @@ pub(super) fn cases() -> Vec<Case> {
         case!(huge_pages_arrive_by_every_mode).alone().slow(),
         case!(a_hundred_thousand_mappings_arrive_by_every_mode).alone().slow(),
         case!(container_goes_to_and_fro_by_every_mode_in_turn),
-        case!(container_goes_to_and_fro_ten_times_by_every_mode).alone().slow(),
     ]);
+    cases.extend(
+        ten_times! { single threads processes forks maps discards moves shared thp vmas sparse stacks },
+    );
     cases
 }
 
@@ -113,13 +124,8 @@ fn container_goes_to_and_fro_by_every_mode_in_turn(stage: &Stage) -> Outcome {
     goes_to_and_fro(stage, Storm::of("threads"), &Mode::ALL[..4])
 }
 
-fn container_goes_to_and_fro_ten_times_by_every_mode(stage: &Stage) -> Outcome {
-    for kind in ["single", "threads", "forks", "maps", "shared", "thp"] {
-        for mode in Mode::ALL {
-            goes_to_and_fro(stage, Storm::of(kind), &[mode; 20])?;
-        }
-    }
-    Ok(())
+fn goes_to_and_fro_ten_times(stage: &Stage, kind: &'static str) -> Outcome {
+    Mode::ALL.into_iter().try_for_each(|mode| goes_to_and_fro(stage, Storm::of(kind), &[mode; 20]))
 }
 
 fn goes_to_and_fro(stage: &Stage, storm: Storm, modes: &[Mode]) -> Outcome {
