@@ -92,7 +92,7 @@ impl Record {
     /// Answers the source's question, deciding the migration if it is undecided.
     ///
     /// `kill` is called, with the record locked, if what was restored must be gone before the answer is given: its
-    /// worker died between the decision and the resume.
+    /// worker died between the decision and the resume, or while the container lacked memory.
     ///
     /// # Errors
     /// [`DecisionError`], or what `kill` returned; the record is unchanged.
@@ -185,12 +185,13 @@ impl Record {
 const WORD_LEN: usize = 10;
 
 /// The words in the file. An empty file, as it is created, matches the first.
-const DECISIONS: [(Decision, &[u8; WORD_LEN]); 5] = [
+const DECISIONS: [(Decision, &[u8; WORD_LEN]); 6] = [
     (Decision::Undecided, b"undecided\n"),
     (Decision::Aborted, b"aborted  \n"),
     (Decision::Committed, b"committed\n"),
     (Decision::Filling, b"filling  \n"),
     (Decision::Resumed, b"resumed  \n"),
+    (Decision::Lost, b"lost     \n"),
 ];
 
 #[cfg(test)]
@@ -230,6 +231,22 @@ mod tests {
         drop(alive);
         assert_eq!(ask(&record), (FateAnswer::NotHere, true));
         assert_eq!(ask(&record), (FateAnswer::NotHere, false));
+    }
+
+    #[test]
+    fn a_container_that_lacks_memory_is_ended_with_its_worker() {
+        let (_directory, record) = record();
+        let alive = record.work().unwrap();
+        record.decide(Decision::Committed).unwrap();
+        assert_eq!(record.decide(Decision::Filling).unwrap(), Decision::Filling);
+        assert_eq!(ask(&record), (FateAnswer::Filling, false));
+        drop(alive);
+        let failed = record.ask(|| Err(DecisionError::Damaged { path: PathBuf::new() }));
+        assert!(failed.is_err());
+        assert_eq!(record.decision().unwrap(), Decision::Filling);
+        assert_eq!(ask(&record), (FateAnswer::Lost, true));
+        assert_eq!(ask(&record), (FateAnswer::Lost, false));
+        assert_eq!(record.decide(Decision::Resumed).unwrap(), Decision::Lost);
     }
 
     #[test]

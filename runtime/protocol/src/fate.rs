@@ -5,17 +5,20 @@
 //! Undecided ───────────────────► Committed ───────────────────────────────────────► Resumed
 //!     │                              │ │   the container runs                          ▲
 //!     │ worker or agent gives up,    │ └────────────────────────► Filling ─────────────┘
-//!     │ or the source asks           │                               the last page is in its task
-//!     │                              │ the worker could not resume, or is dead:
-//!     │                              │ whoever finds that kills what was restored first
-//!     └──────────────► Aborted ◄─────┘
+//!     │ or the source asks           │                               │  the last page is in its task
+//!     │                              │                               │
+//!     │                              │ the worker could not resume,  │ the worker gives up, or is dead:
+//!     │                              │ or is dead: whoever finds     │ whoever finds that kills what is
+//!     │                              │ that kills what was restored  │ left of the container first
+//!     └──────────────► Aborted ◄─────┘                               └──────────────► Lost
 //! ```
-//! `Aborted` and `Resumed` are final. The record outlives worker and agent (`godwit_engine::decision` keeps it in
+//! `Aborted`, `Resumed` and `Lost` are final. The record outlives worker and agent (`godwit_engine::decision` keeps it in
 //! a file). The worker resumes the container only after it has won the step to `Committed`, so once `Aborted` is
 //! recorded no COMMIT that is still under way can start the container: the source may go on. And the source kills
 //! its own only when told of `Resumed`: a target that dies between the two steps has lost nothing. While the container runs and pages
 //! are still to come the record says `Filling`, so that a source that lost the link, or a worker in the place of one
-//! that died, knows whether the target may still need the pages that only the source has.
+//! that died, knows whether the target may still need the pages that only the source has. A container that lacks pages
+//! when the worker that serves them ends cannot go on, and not go back either, since it has run: it is lost.
 
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +37,8 @@ pub enum Decision {
     Filling,
     /// The container runs here, and needs nothing of the source.
     Resumed,
+    /// The container has run here, and was ended because it lacked memory that will not come.
+    Lost,
 }
 
 /// The answer to the source's question.
@@ -49,13 +54,16 @@ pub enum FateAnswer {
     Filling,
     /// The container runs on the target: the source may kill its own.
     Here,
+    /// The container has run on the target and was ended there, lacking memory: it can go on nowhere, and the source
+    /// has to end its own.
+    Lost,
 }
 
 impl FateAnswer {
     /// Tells whether the container has run on the target: what was made for it there stays.
     #[must_use]
     pub const fn has_run(self) -> bool {
-        matches!(self, Self::Here | Self::Filling)
+        matches!(self, Self::Here | Self::Filling | Self::Lost)
     }
 }
 
@@ -81,9 +89,11 @@ impl Decision {
             (Self::Undecided | Self::Aborted, _) => (Self::Aborted, FateAnswer::NotHere, false),
             (Self::Committed, true) => (Self::Committed, FateAnswer::Pending, false),
             (Self::Committed, false) => (Self::Aborted, FateAnswer::NotHere, true),
-            // A worker that died here took the container with it, but it has run: there is no way back.
-            (Self::Filling, _) => (Self::Filling, FateAnswer::Filling, false),
+            (Self::Filling, true) => (Self::Filling, FateAnswer::Filling, false),
+            // Nobody is left to put its pages in place, but it has run: there is no way back.
+            (Self::Filling, false) => (Self::Lost, FateAnswer::Lost, true),
             (Self::Resumed, _) => (Self::Resumed, FateAnswer::Here, false),
+            (Self::Lost, _) => (Self::Lost, FateAnswer::Lost, false),
         };
         Asked { decision, answer, kill_first }
     }
@@ -95,7 +105,7 @@ impl Decision {
             (self, next),
             (Self::Undecided, Self::Aborted | Self::Committed)
                 | (Self::Committed, Self::Aborted | Self::Filling | Self::Resumed)
-                | (Self::Filling, Self::Resumed)
+                | (Self::Filling, Self::Resumed | Self::Lost)
         )
     }
 }
@@ -112,6 +122,7 @@ mod tests {
             Decision::Committed,
             Decision::Filling,
             Decision::Resumed,
+            Decision::Lost,
         ] {
             for alive in [false, true] {
                 let asked = decision.asked(alive);
@@ -125,11 +136,20 @@ mod tests {
 
     #[test]
     fn once_the_container_has_run_here_the_source_is_never_told_to_go_on() {
-        for decision in [Decision::Filling, Decision::Resumed] {
+        for decision in [Decision::Filling, Decision::Resumed, Decision::Lost] {
             assert!(!decision.may_become(Decision::Aborted));
             for alive in [false, true] {
-                assert_eq!(decision.asked(alive).decision, decision);
+                assert!(decision.asked(alive).answer.has_run());
             }
         }
+    }
+
+    #[test]
+    fn a_container_that_lacks_pages_is_lost_with_its_worker() {
+        assert_eq!(Decision::Filling.asked(true).answer, FateAnswer::Filling);
+        let lost = Asked { decision: Decision::Lost, answer: FateAnswer::Lost, kill_first: true };
+        assert_eq!(Decision::Filling.asked(false), lost);
+        assert!(!Decision::Lost.may_become(Decision::Resumed));
+        assert!(!Decision::Resumed.may_become(Decision::Lost));
     }
 }

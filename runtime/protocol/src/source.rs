@@ -34,18 +34,23 @@
 //! Asking --NotHere--> RollingBack
 //! Asking --Pending--> Asking
 //! Asking --AskFailed--> Asking
+//! Asking --Lost--> Burying
 //! Asking --Deadline--> Done
 //! Serving --MemoryComplete--> Killing
-//! Serving --LinkLost [all sent]--> Killing
-//! Serving --LinkLost [pages left]--> Rejoining
-//! Serving --Failed [all sent]--> Killing
-//! Serving --Failed [pages left]--> Rejoining
-//! Serving --Deadline [all sent]--> Killing
+//! Serving --LinkLost--> Rejoining
+//! Serving --Failed--> Rejoining
+//! Serving --Deadline [all sent]--> Rejoining
 //! Rejoining --Rejoined--> Serving
 //! Rejoining --Here--> Killing
+//! Rejoining --Filling [all sent]--> Killing
+//! Rejoining --Filling [pages left]--> Rejoining
+//! Rejoining --Lost--> Burying
+//! Rejoining --NotHere--> Burying
 //! Rejoining --MemoryComplete--> Killing
+//! Rejoining --Pending--> Rejoining
 //! Rejoining --AskFailed--> Rejoining
 //! Rejoining --Deadline--> Done
+//! Burying --Killed--> Done
 //! Killing --Killed [released]--> CleaningUp
 //! Killing --Killed [not released]--> AwaitingRelease
 //! Killing --Release--> Killing
@@ -63,7 +68,8 @@
 //! Invariants:
 //! - COMMIT is sent once, on the way into `Committing`. Before it every failure ends in `RunningOnSource`; after
 //!   it the source goes on only when the target has said that it does not and will not run the container, and
-//!   kills its own only when the target has said that it does.
+//!   kills its own only when the target has said that it does, or that it did and cannot any more: what ran elsewhere
+//!   since may never go on here.
 //! - The source's tasks, and with them its pages, are kept until the target has said that it lacks none.
 //! - Time is an argument. A state has at most one deadline ([`Source::deadline`]).
 //! - What a state knows is in its variant; the downtime is measured by a stopwatch that exists from the request to
@@ -132,6 +138,7 @@ enum State {
     Killing { moved: Moved, released: bool },
     AwaitingRelease { moved: Moved },
     CleaningUp { moved: Moved },
+    Burying { failure: Failure },
     RollingBack { failure: Failure },
     Done { end: End },
 }
@@ -299,8 +306,9 @@ pub enum Action {
     },
     /// Give the target all pages it lacks. Those that it asks for it gets since `Dump`: CRIU's restore misses some, too.
     Serve,
-    /// Ask the target's agent, after a pause, and unless it says `Here` open link and streams again and learn what
-    /// the target lacks. Answered by `Rejoined`, `Answered(Here)` or `AskFailed`.
+    /// Close link and streams, so that a target that lacks pages does not wait for this side in vain. Then ask the
+    /// target's agent, after a pause, and if it says `Filling` and pages are left here, open link and streams
+    /// again and learn what the target lacks, if that can be done. Answered by `Rejoined`, `Answered` or `AskFailed`.
     Rejoin {
         /// How long to wait before.
         pause: Duration,
@@ -364,8 +372,9 @@ pub const RESUME_MAX: Duration = Duration::from_secs(20);
 pub const ASK_MAX: Duration = Duration::from_secs(120);
 /// Time for the target to put the last page in its place when it has them all.
 pub const FILL_MAX: Duration = Duration::from_secs(300);
-/// Time for which the target is tried again while it lacks pages.
-pub const REJOIN_MAX: Duration = Duration::from_secs(3600);
+/// Time for which the target is tried again while its container lacks pages, or may lack them. It gives up sooner
+/// itself: longer than that it is not reached at all.
+pub const REJOIN_MAX: Duration = Duration::from_secs(600);
 /// Pause between two questions.
 pub const ASK_PAUSE: Duration = Duration::from_millis(500);
 /// Time that the client has to fetch the report before the source is cleaned up.
@@ -475,7 +484,7 @@ impl State {
             | Self::AwaitingReceipt { .. } => Phase::Frozen,
             Self::Restoring { .. } => Phase::Restoring,
             Self::Committing { .. } | Self::Asking { .. } => Phase::Committing,
-            Self::Serving { .. } | Self::Rejoining { .. } => Phase::Filling,
+            Self::Serving { .. } | Self::Rejoining { .. } | Self::Burying { .. } => Phase::Filling,
             Self::Killing { .. } | Self::AwaitingRelease { .. } => Phase::Committed,
             Self::CleaningUp { .. } => Phase::CleaningUp,
             // A rollback belongs to the phase that failed, until it is over.
@@ -506,6 +515,7 @@ impl State {
             Self::Serving { .. }
             | Self::Killing { .. }
             | Self::CleaningUp { .. }
+            | Self::Burying { .. }
             | Self::RollingBack { .. }
             | Self::Done { .. } => None,
         }

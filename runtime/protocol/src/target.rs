@@ -20,11 +20,12 @@
 //! Recording --Failed--> Aborting
 //! Filling --Filled--> Done
 //! Filling --Failed--> Aborting
-//! Filling --LinkLost--> Stranded
-//! Filling --Abort--> Stranded
-//! Filling --Nonsense--> Stranded
+//! Filling --LinkLost [pages lacking]--> Stranded
+//! Filling --Abort [pages lacking]--> Stranded
+//! Filling --Nonsense [pages lacking]--> Stranded
 //! Filling --Rejoined--> Filling
 //! Stranded --Filled--> Done
+//! Stranded --Arrived--> Filling
 //! Stranded --Failed--> Aborting
 //! Stranded --Rejoined--> Filling
 //! Stranded --Deadline--> Aborting
@@ -33,8 +34,8 @@
 //! ```
 //! Beside these, in every state before `Deciding`: `Failed`, `LinkLost`, `Abort`, `Nonsense`, `Deadline`, and a
 //! `Commit` out of place lead to `Aborting`. From `Deciding` on the link does not matter any more, but for pages that
-//! only the source has: while tasks wait for them the source may come back over a new link. Anything else out of
-//! place is ignored. The table in `target/table.rs` says the same, and a test holds all three together.
+//! only the source has: while tasks wait for them the source may come back over a new link, for a short time. Anything
+//! else out of place is ignored. The table in `target/table.rs` says the same, and a test holds all three together.
 //!
 //! Invariants:
 //! - The container is resumed only after the record has gone from undecided to committed.
@@ -54,8 +55,17 @@ use crate::rootfs::Pass;
 #[derive(Debug)]
 pub struct Target {
     state: State,
-    fills: bool,
+    pages: Pages,
     entered: Tick,
+}
+
+/// What is known of the container's memory, beside the state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Pages {
+    /// Whether pages are put in place after the container runs.
+    fills: bool,
+    /// Whether none is at the source alone any more.
+    arrived: bool,
 }
 
 /// Where the worker stands, with what it knows there.
@@ -114,6 +124,8 @@ pub enum Event {
         /// Process id of its init.
         pid: i32,
     },
+    /// Every page has come, or is told to be no more; some may still have to be put into their tasks.
+    Arrived,
     /// Every page is in its task.
     Filled(TargetMemory),
     /// The source is back over a new link. What becomes of the old one is not told any more.
@@ -180,7 +192,8 @@ pub enum Action {
     DropLink,
     /// Tell the source what is lacking, over the new link.
     SendLacking,
-    /// Kill the container, which lacks pages that will not come. Answered by `Undone` or `UndoFailed`.
+    /// Kill the container, which lacks pages that will not come, then record that it is lost. Answered by `Undone` or
+    /// `UndoFailed`.
     Destroy,
     /// Kill what was restored, then record that it is aborted, then tell the source. Answered by `Undone` or
     /// `UndoFailed`; in the latter case the source is told nothing.
@@ -211,27 +224,30 @@ pub const COPY_ROOTFS_MAX: Duration = Duration::from_secs(7200);
 pub const RECEIVE_MAX: Duration = Duration::from_secs(7200);
 /// Time for CRIU to restore.
 pub const RESTORE_MAX: Duration = Duration::from_secs(300);
-/// Time for which the source is awaited while tasks lack pages that only it has.
-pub const STRANDED_MAX: Duration = Duration::from_secs(3600);
+/// Time for which the source is awaited while tasks lack pages that only it has. Short: tasks that miss one sleep, and
+/// a source that can be reached is back at once or not at all.
+pub const STRANDED_MAX: Duration = Duration::from_secs(10);
 /// Time for the source to answer that the container is held.
 pub const HOLD_MAX: Duration = Duration::from_secs(60);
 
 impl Target {
     /// Begins when the worker has the link. `fills` says that pages are put in place after the container runs.
     pub fn begin(fills: bool, now: Tick) -> Step {
-        let state = Self { state: State::CopyingRootfs, fills, entered: now };
+        let pages = Pages { fills, arrived: false };
+        let state = Self { state: State::CopyingRootfs, pages, entered: now };
         Step { state, actions: vec![Action::SendReady] }
     }
 
     /// Takes one event. Total: whatever comes in whatever state, there is a next state.
     pub fn step(self, event: Event, now: Tick) -> Step {
-        let Self { state, fills, entered } = self;
+        let Self { state, mut pages, entered } = self;
         let before = state.label();
         // However many rounds there are: each has its time.
         let again = matches!(event, Event::RoundComplete(_));
-        let (state, actions) = next(state, fills, event);
+        pages.arrived |= matches!(event, Event::Arrived);
+        let (state, actions) = next(state, pages, event);
         let entered = if state.label() == before && !again { entered } else { now };
-        Step { state: Self { state, fills, entered }, actions }
+        Step { state: Self { state, pages, entered }, actions }
     }
 
     /// Returns the phase for logs and failures.
@@ -311,12 +327,12 @@ impl State {
 
 type Next = (State, Vec<Action>);
 
-fn next(state: State, fills: bool, event: Event) -> Next {
+fn next(state: State, pages: Pages, event: Event) -> Next {
     match state {
         State::Deciding { .. } | State::Resuming { .. } | State::Recording { .. } => {
-            decided(state, fills, event)
+            decided(state, pages, event)
         }
-        State::Filling { pid } | State::Stranded { pid } => filling(state, pid, event),
+        State::Filling { pid } | State::Stranded { pid } => filling(state, pid, pages.arrived, event),
         State::Aborting { failure } => aborting(failure, event),
         State::Done { end } => (State::Done { end }, vec![]),
         revocable => match give_up(&revocable, &event) {
@@ -375,7 +391,8 @@ fn give_up(state: &State, event: &Event) -> Option<Next> {
 }
 
 /// From the decision on: the link does not matter any more, only the record and the container.
-fn decided(state: State, fills: bool, event: Event) -> Next {
+fn decided(state: State, pages: Pages, event: Event) -> Next {
+    let Pages { fills, arrived } = pages;
     match (state, event) {
         (State::Deciding { early }, Event::Recorded(Decision::Committed)) => {
             (State::Resuming { early }, vec![Action::Resume])
@@ -387,7 +404,9 @@ fn decided(state: State, fills: bool, event: Event) -> Next {
         (State::Recording { pid, early }, Event::Recorded(Decision::Filling)) if fills => {
             let (state, mut actions) = match early {
                 Early { filled: Some(memory), .. } => filled(pid, memory),
-                Early { link_lost: true, .. } => (State::Stranded { pid }, vec![Action::DropLink]),
+                Early { link_lost: true, .. } if !arrived => {
+                    (State::Stranded { pid }, vec![Action::DropLink])
+                }
                 Early { .. } => (State::Filling { pid }, vec![]),
             };
             actions.insert(0, Action::ReportResumed { pid });
@@ -429,16 +448,19 @@ fn filled(pid: i32, memory: TargetMemory) -> Next {
 }
 
 /// The container runs, and pages are put in place behind it.
-fn filling(state: State, pid: i32, event: Event) -> Next {
+fn filling(state: State, pid: i32, arrived: bool, event: Event) -> Next {
     let cause = match (&state, event) {
         (_, Event::Filled(memory)) => return filled(pid, memory),
+        (State::Stranded { .. }, Event::Arrived) => return (State::Filling { pid }, vec![]),
         (_, Event::Rejoined) => return (State::Filling { pid }, vec![Action::SendLacking]),
         (_, Event::Failed { cause }) => cause,
-        (State::Filling { .. }, Event::LinkLost { .. } | Event::Abort { .. } | Event::Nonsense { .. }) => {
+        (State::Filling { .. }, Event::LinkLost { .. } | Event::Abort { .. } | Event::Nonsense { .. })
+            if !arrived =>
+        {
             return (State::Stranded { pid }, vec![Action::DropLink]);
         }
         (State::Stranded { .. }, Event::Deadline) => {
-            "the source did not come back with pages that the container lacks".to_owned()
+            "the link to the source was lost, and with it pages that the container lacks".to_owned()
         }
         _ => return (state, vec![]),
     };
@@ -479,9 +501,10 @@ impl Event {
             Self::Held => "Held",
             Self::Commit => "Commit",
             Self::Recorded(Decision::Committed | Decision::Filling | Decision::Resumed) => "Recorded",
-            Self::Recorded(Decision::Aborted | Decision::Undecided) => "Barred",
+            Self::Recorded(Decision::Aborted | Decision::Undecided | Decision::Lost) => "Barred",
             Self::Running { .. } => "Running",
             Self::RoundComplete(_) => "RoundComplete",
+            Self::Arrived => "Arrived",
             Self::Filled(_) => "Filled",
             Self::Rejoined => "Rejoined",
             Self::Undone => "Undone",

@@ -30,14 +30,23 @@ use crate::{
 
 /// A container that is being made on the target.
 ///
-/// Dropped before [`Arrival::settle`] found it to run here, it takes back everything it made, so that the target is as it was.
+/// Dropped before [`Arrival::settle`] found it to have run here, it takes back everything it made, so that the target is as it was.
 #[derive(Debug)]
 pub struct Arrival {
     containerd: Containerd,
     offer: Offer,
     journal: Journal,
     mounts: Vec<Mount>,
-    kept: bool,
+    then: Then,
+}
+
+/// What becomes of what was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Then {
+    TakeBack,
+    Keep,
+    /// Nobody knows yet: whoever is asked about the fate, or an agent that is started later, finds it in the journal.
+    Leave,
 }
 
 /// A task that waits for its migration; [`IncomingTask::start`] returns when that has ended.
@@ -57,7 +66,7 @@ impl Arrival {
     pub fn begin(containerd: Containerd, offer: Offer, directory: &Path) -> Result<Self, NodeError> {
         let journal = Journal::begin(directory, &offer.migration, containerd.namespace())?;
         // From here on dropping it undoes what has been done.
-        let mut arrival = Self { containerd, offer, journal, mounts: Vec::new(), kept: false };
+        let mut arrival = Self { containerd, offer, journal, mounts: Vec::new(), then: Then::TakeBack };
         create_lease(&mut arrival.containerd, arrival.journal.lease())?;
         for blob in arrival.offer.container.image.iter().flat_map(|image| &image.blobs) {
             arrival.hold_blob(&blob.digest)?;
@@ -156,15 +165,16 @@ impl Arrival {
     }
 
     /// Ends the arrival as the migration's record says: keeps everything if the container runs here, else takes
-    /// it back. Call it when the incoming task has started or failed to.
+    /// it back. Of one that was lost for want of its memory the task alone is ended. Call it when the incoming task has
+    /// started or failed to; it returns when the container has all of its memory.
     ///
     /// # Errors
     /// [`NodeError::Record`] if the record cannot be used; everything is kept then, for nobody knows.
     pub fn settle(mut self, record: &Record) -> Result<FateAnswer, NodeError> {
         // Until the record says otherwise nothing may be taken back.
-        self.kept = true;
+        self.then = Then::Leave;
         let fate = settle(record, || self.journal.end_task(&self.containerd))?;
-        self.kept = fate.has_run();
+        self.then = if fate.has_run() { Then::Keep } else { Then::TakeBack };
         Ok(fate)
     }
 
@@ -188,10 +198,10 @@ impl Arrival {
 
 impl Drop for Arrival {
     fn drop(&mut self) {
-        if self.kept {
-            self.journal.close(&self.containerd);
-        } else {
-            self.journal.take_back(&self.containerd);
+        match self.then {
+            Then::Keep => self.journal.close(&self.containerd),
+            Then::TakeBack => self.journal.take_back(&self.containerd),
+            Then::Leave => {}
         }
     }
 }

@@ -214,7 +214,7 @@ fn recover_one(address: &Path, directory: &Path, path: &Path) -> Result<(), Node
     Ok(())
 }
 
-/// Asks the record until it has an answer for good.
+/// Asks the record until it has an answer for good: while the container lacks memory, its worker may still die.
 ///
 /// # Errors
 /// [`NodeError::Record`], or what `kill` returned.
@@ -224,7 +224,7 @@ pub(super) fn settle(
 ) -> Result<FateAnswer, NodeError> {
     loop {
         match record.ask(&kill)? {
-            FateAnswer::Pending => thread::sleep(SETTLE_POLL),
+            FateAnswer::Pending | FateAnswer::Filling => thread::sleep(SETTLE_POLL),
             fate => return Ok(fate),
         }
     }

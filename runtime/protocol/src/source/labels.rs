@@ -27,6 +27,7 @@ impl State {
             Self::Killing { .. } => "Killing",
             Self::AwaitingRelease { .. } => "AwaitingRelease",
             Self::CleaningUp { .. } => "CleaningUp",
+            Self::Burying { .. } => "Burying",
             Self::RollingBack { .. } => "RollingBack",
             Self::Done { .. } => "Done",
         }
@@ -52,6 +53,7 @@ impl Event {
             Self::Answered(FateAnswer::NotHere) => "NotHere",
             Self::Answered(FateAnswer::Pending) => "Pending",
             Self::Answered(FateAnswer::Filling) => "Filling",
+            Self::Answered(FateAnswer::Lost) => "Lost",
             Self::AskFailed { .. } => "AskFailed",
             Self::Killed => "Killed",
             Self::Release => "Release",

@@ -17,7 +17,7 @@ pub(super) fn next(state: State, course: &mut Course, event: Event, now: Tick) -
         State::Committing { watch } => committing(watch, course, event, now),
         State::Asking { watch } => asking(watch, course, &event, now),
         State::Serving { moved } => serving(moved, course, &event),
-        State::Rejoining { moved } => rejoining(moved, &event),
+        State::Rejoining { moved } => rejoining(moved, course, &event),
         State::Killing { moved, released } => killing(moved, released, &event),
         State::AwaitingRelease { moved } => match event {
             Event::Release | Event::Deadline => (State::CleaningUp { moved }, vec![Action::CleanUp]),
@@ -27,6 +27,7 @@ pub(super) fn next(state: State, course: &mut Course, event: Event, now: Tick) -
             Event::CleanedUp => (State::Done { end: End::Migrated(moved) }, vec![]),
             _ => (State::CleaningUp { moved }, vec![]),
         },
+        State::Burying { failure } => burying(failure, &event),
         State::RollingBack { failure } => rolling_back(failure, event),
         State::Done { end } => (State::Done { end }, vec![]),
         revocable => match give_up(&revocable, &event) {
@@ -192,6 +193,7 @@ fn asking(watch: Stopwatch, course: &Course, event: &Event, now: Tick) -> Next {
             let cause = "the link was lost before the target could resume the container".to_owned();
             roll_back(&State::Asking { watch }, Side::Target, cause, false)
         }
+        Event::Answered(FateAnswer::Lost) => bury(),
         Event::Answered(FateAnswer::Pending) | Event::AskFailed { .. } => ask(watch, true),
         Event::Deadline => {
             let state = State::Asking { watch };
@@ -215,27 +217,33 @@ fn ask(watch: Stopwatch, again: bool) -> Next {
 fn serving(moved: Moved, course: &Course, event: &Event) -> Next {
     match event {
         Event::Peer(PeerEvent::MemoryComplete(memory)) => kill(Moved { memory: Some(*memory), ..moved }),
-        // The target has every page, and will put them in their places without being watched.
-        Event::Peer(_) | Event::LinkLost { .. } | Event::Failed { .. } | Event::Deadline
-            if !course.leaves_pages() =>
-        {
-            kill(moved)
+        Event::Peer(_) | Event::LinkLost { .. } | Event::Failed { .. } if course.leaves_pages() => {
+            rejoin(moved, Duration::ZERO)
         }
-        Event::Peer(_) | Event::LinkLost { .. } | Event::Failed { .. } => rejoin(moved, Duration::ZERO),
+        // The target has every page, and puts them in their places without being watched; unless it has died, which
+        // the agent may learn a moment later than this side.
+        Event::Peer(_) | Event::LinkLost { .. } | Event::Failed { .. } => rejoin(moved, ASK_PAUSE),
+        Event::Deadline if !course.leaves_pages() => rejoin(moved, ASK_PAUSE),
         _ => (State::Serving { moved }, vec![]),
     }
 }
 
-fn rejoining(moved: Moved, event: &Event) -> Next {
+fn rejoining(moved: Moved, course: &Course, event: &Event) -> Next {
     match event {
         Event::Rejoined => (State::Serving { moved }, vec![Action::Serve]),
         // The last page came, and only the word for it was lost, or is late: there is nobody to join any more.
         Event::Answered(FateAnswer::Here) => kill(moved),
+        Event::Answered(FateAnswer::Filling) if !course.leaves_pages() => kill(moved),
         Event::Peer(PeerEvent::MemoryComplete(memory)) => kill(Moved { memory: Some(*memory), ..moved }),
-        Event::AskFailed { .. } => rejoin(moved, ASK_PAUSE),
+        // A target that knows nothing of what has run there has lost its record, and all that ran, with its memory.
+        Event::Answered(FateAnswer::Lost | FateAnswer::NotHere) => bury(),
+        Event::Answered(FateAnswer::Filling | FateAnswer::Pending) | Event::AskFailed { .. } => {
+            rejoin(moved, ASK_PAUSE)
+        }
         Event::Deadline => {
-            let cause = "the target cannot be reached any more, and lacks pages of the container that runs there; the \
-                         source keeps the frozen container they belong to"
+            let cause = "the target cannot be asked what became of the container, which has run there and may lack \
+                         memory; its tasks are kept frozen here: bring the target's agent back, then migrate again \
+                         to the same target"
                 .to_owned();
             let failure = failure(Phase::Filling, Side::Target, Fate::Unknown, cause);
             let actions = vec![Action::LeaveFrozen, Action::ReportFailed { failure: failure.clone() }];
@@ -247,6 +255,26 @@ fn rejoining(moved: Moved, event: &Event) -> Next {
 
 fn rejoin(moved: Moved, pause: Duration) -> Next {
     (State::Rejoining { moved }, vec![Action::Rejoin { pause }])
+}
+
+/// The container has run on the target, and is no more: what is here is older than what others have seen of it.
+fn bury() -> Next {
+    let cause = "the container was ended on the target, where it had begun to run without all of its memory; what was \
+                 frozen here is older and was ended as well, but its record and writable layer are kept: start it \
+                 anew from them"
+        .to_owned();
+    let failure = failure(Phase::Filling, Side::Target, Fate::Lost, cause);
+    (State::Burying { failure }, vec![Action::Kill])
+}
+
+fn burying(failure: Failure, event: &Event) -> Next {
+    match event {
+        Event::Killed => {
+            let actions = vec![Action::ReportFailed { failure: failure.clone() }];
+            (State::Done { end: End::Failed(failure) }, actions)
+        }
+        _ => (State::Burying { failure }, vec![]),
+    }
 }
 
 fn moved(watch: Stopwatch, resumed: Resumed, now: Tick) -> Moved {

@@ -38,18 +38,23 @@ const TRANSITIONS: &[(&str, &str, &str, &str, &[&str])] = &[
     ("Asking", "NotHere", "", "RollingBack", &["RollBack"]),
     ("Asking", "Pending", "", "Asking", &["AskFate"]),
     ("Asking", "AskFailed", "", "Asking", &["AskFate"]),
+    ("Asking", "Lost", "", "Burying", &["Kill"]),
     ("Asking", "Deadline", "", "Done", &["LeaveFrozen", "ReportFailed"]),
     ("Serving", "MemoryComplete", "", "Killing", &["Kill"]),
-    ("Serving", "LinkLost", "all sent", "Killing", &["Kill"]),
-    ("Serving", "LinkLost", "pages left", "Rejoining", &["Rejoin"]),
-    ("Serving", "Failed", "all sent", "Killing", &["Kill"]),
-    ("Serving", "Failed", "pages left", "Rejoining", &["Rejoin"]),
-    ("Serving", "Deadline", "all sent", "Killing", &["Kill"]),
+    ("Serving", "LinkLost", "", "Rejoining", &["Rejoin"]),
+    ("Serving", "Failed", "", "Rejoining", &["Rejoin"]),
+    ("Serving", "Deadline", "all sent", "Rejoining", &["Rejoin"]),
     ("Rejoining", "Rejoined", "", "Serving", &["Serve"]),
     ("Rejoining", "Here", "", "Killing", &["Kill"]),
+    ("Rejoining", "Filling", "all sent", "Killing", &["Kill"]),
+    ("Rejoining", "Filling", "pages left", "Rejoining", &["Rejoin"]),
+    ("Rejoining", "Lost", "", "Burying", &["Kill"]),
+    ("Rejoining", "NotHere", "", "Burying", &["Kill"]),
     ("Rejoining", "MemoryComplete", "", "Killing", &["Kill"]),
+    ("Rejoining", "Pending", "", "Rejoining", &["Rejoin"]),
     ("Rejoining", "AskFailed", "", "Rejoining", &["Rejoin"]),
     ("Rejoining", "Deadline", "", "Done", &["LeaveFrozen", "ReportFailed"]),
+    ("Burying", "Killed", "", "Done", &["ReportFailed"]),
     ("Killing", "Killed", "released", "CleaningUp", &["ReportMoved", "CleanUp"]),
     ("Killing", "Killed", "not released", "AwaitingRelease", &["ReportMoved"]),
     ("Killing", "Release", "", "Killing", &[]),
@@ -77,7 +82,7 @@ const REVOCABLE: [&str; 13] = [
 ];
 
 /// The rules of the module's documentation for what is not in the table.
-fn rule(from: &'static str, event: &Event, leaves_pages: bool) -> (&'static str, &'static [&'static str]) {
+fn rule(from: &'static str, event: &Event) -> (&'static str, &'static [&'static str]) {
     let from_peer = matches!(event, Event::Peer(_));
     let way_out = ["LinkLost", "Failed", "Cancel", "Deadline"].contains(&event.label());
     let welcome = match event.label() {
@@ -89,8 +94,7 @@ fn rule(from: &'static str, event: &Event, leaves_pages: bool) -> (&'static str,
         _ if welcome => (from, &[]),
         _ if REVOCABLE.contains(&from) && (from_peer || way_out) => ("RollingBack", &["RollBack"]),
         "Committing" if from_peer => ("Asking", &["AskFate"]),
-        "Serving" if from_peer && leaves_pages => ("Rejoining", &["Rejoin"]),
-        "Serving" if from_peer => ("Killing", &["Kill"]),
+        "Serving" if from_peer => ("Rejoining", &["Rejoin"]),
         _ => (from, &[]),
     }
 }
@@ -195,6 +199,7 @@ fn states() -> Vec<State> {
         State::Killing { moved, released: true },
         State::AwaitingRelease { moved },
         State::CleaningUp { moved },
+        State::Burying { failure: failed.clone() },
         State::RollingBack { failure: failed.clone() },
         State::Done { end: End::Failed(failed) },
     ]
@@ -231,6 +236,7 @@ fn events() -> Vec<Event> {
         Event::Answered(FateAnswer::Filling),
         Event::Answered(FateAnswer::NotHere),
         Event::Answered(FateAnswer::Pending),
+        Event::Answered(FateAnswer::Lost),
         Event::AskFailed { cause: text() },
         Event::Rejoined,
         Event::Killed,
@@ -271,7 +277,7 @@ fn every_state_takes_every_event_as_the_table_says() {
                         tried[row] = true;
                         (TRANSITIONS[row].3, TRANSITIONS[row].4)
                     }
-                    None => rule(from, &event, given.leaves_pages),
+                    None => rule(from, &event),
                 };
                 let course = Course::amid(given.way, given.leaves_pages, given.verdict.clone());
                 let step = Source { state, course, entered: Tick(0) }.step(event.clone(), Tick(9));
@@ -340,6 +346,21 @@ fn a_worker_in_the_place_of_a_dead_one_does_not_kill_what_the_target_may_need() 
     assert_eq!(step.actions, [Action::Rejoin { pause: Duration::ZERO }]);
     assert_eq!(step.state.step(Event::Answered(FateAnswer::Here), Tick(2)).actions, [Action::Kill]);
     assert_eq!(resolve().step(Event::Answered(FateAnswer::Here), Tick(1)).actions, [Action::Kill]);
+}
+
+#[test]
+fn what_is_lost_on_the_target_never_goes_on_here() {
+    let moved = a_move();
+    for state in [State::Rejoining { moved }, State::Asking { watch: Stopwatch::freeze(Tick(0)) }] {
+        let source = Source { state, course: Course::unknown(), entered: Tick(0) };
+        let step = source.step(Event::Answered(FateAnswer::Lost), Tick(1));
+        assert_eq!(step.actions, [Action::Kill]);
+        let step = step.state.step(Event::LinkLost { cause: "late".to_owned() }, Tick(2));
+        assert_eq!(step.actions, []);
+        let step = step.state.step(Event::Killed, Tick(3));
+        let Some(End::Failed(failure)) = step.state.end() else { panic!("{step:?}") };
+        assert_eq!((failure.fate, failure.side), (Fate::Lost, Side::Target));
+    }
 }
 
 #[test]

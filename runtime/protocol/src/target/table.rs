@@ -23,11 +23,12 @@ const TRANSITIONS: &[(&str, &str, &str, &str, &[&str])] = &[
     ("Recording", "Failed", "", "Aborting", &["Undo"]),
     ("Filling", "Filled", "", "Done", &["Record", "ReportFilled"]),
     ("Filling", "Failed", "", "Aborting", &["Destroy"]),
-    ("Filling", "LinkLost", "", "Stranded", &["DropLink"]),
-    ("Filling", "Abort", "", "Stranded", &["DropLink"]),
-    ("Filling", "Nonsense", "", "Stranded", &["DropLink"]),
+    ("Filling", "LinkLost", "pages lacking", "Stranded", &["DropLink"]),
+    ("Filling", "Abort", "pages lacking", "Stranded", &["DropLink"]),
+    ("Filling", "Nonsense", "pages lacking", "Stranded", &["DropLink"]),
     ("Filling", "Rejoined", "", "Filling", &["SendLacking"]),
     ("Stranded", "Filled", "", "Done", &["Record", "ReportFilled"]),
+    ("Stranded", "Arrived", "", "Filling", &[]),
     ("Stranded", "Failed", "", "Aborting", &["Destroy"]),
     ("Stranded", "Rejoined", "", "Filling", &["SendLacking"]),
     ("Stranded", "Deadline", "", "Aborting", &["Destroy"]),
@@ -53,13 +54,16 @@ fn rule(state: &'static str, event: &Event) -> (&'static str, &'static [&'static
     if revocable && way_out.contains(&event.label()) { ("Aborting", &["Undo"]) } else { (state, &[]) }
 }
 
-fn holds(guard: &str, state: &State, fills: bool) -> bool {
+fn holds(guard: &str, state: &State, pages: Pages) -> bool {
+    let Pages { fills, arrived } = pages;
+    let stranded = early(state) == Some(Early { filled: None, link_lost: true }) && !arrived;
     match guard {
         "" => true,
         "in images" => !fills,
-        "ours" => fills && early(state) == Some(Early::default()),
+        "ours" => fills && early(state).is_some_and(|early| early.filled.is_none()) && !stranded,
         "filled" => fills && early(state).is_some_and(|early| early.filled.is_some()),
-        "link lost" => fills && early(state) == Some(Early { filled: None, link_lost: true }),
+        "link lost" => fills && stranded,
+        "pages lacking" => !arrived,
         "first" => matches!(state, State::Receiving { final_applied: false }),
         "files final" => matches!(state, State::Receiving { final_applied: true }),
         other => panic!("nobody knows when [{other}] holds"),
@@ -103,7 +107,7 @@ fn states() -> Vec<State> {
 }
 
 /// What the record holds after the step that was asked for in `state`.
-fn recorded(state: &State, fills: bool) -> Decision {
+fn recorded(state: &State, Pages { fills, .. }: Pages) -> Decision {
     match state {
         State::Recording { .. } if fills => Decision::Filling,
         State::Recording { .. } => Decision::Resumed,
@@ -123,6 +127,7 @@ fn events(recorded: Decision) -> Vec<Event> {
         Event::Recorded(recorded),
         Event::Recorded(Decision::Aborted),
         Event::Running { pid: 7 },
+        Event::Arrived,
         Event::Filled(TargetMemory::default()),
         Event::Rejoined,
         Event::Undone,
@@ -138,28 +143,24 @@ fn events(recorded: Decision) -> Vec<Event> {
 #[test]
 fn every_state_takes_every_event_as_the_table_says() {
     let mut tried = [false; TRANSITIONS.len()];
-    for (fills, index) in
-        [false, true].into_iter().flat_map(|fills| (0..states().len()).map(move |i| (fills, i)))
-    {
-        for event in events(recorded(&states()[index], fills)) {
+    let every = [(false, false), (false, true), (true, false), (true, true)];
+    let every = every.map(|(fills, arrived)| Pages { fills, arrived });
+    for (pages, index) in every.into_iter().flat_map(|pages| (0..states().len()).map(move |i| (pages, i))) {
+        for event in events(recorded(&states()[index], pages)) {
             let state = states().swap_remove(index);
             let from = state.label();
             let speaks = |&row: &usize| {
                 let (of, on, guard, ..) = TRANSITIONS[row];
-                of == from && on == event.label() && holds(guard, &state, fills)
+                of == from && on == event.label() && holds(guard, &state, pages)
             };
             let rows: Vec<_> = (0..TRANSITIONS.len()).filter(speaks).collect();
             assert!(rows.len() <= 1, "two rows for {state:?} on {event:?}");
             rows.iter().for_each(|row| tried[*row] = true);
             let row = rows.first().map(|row| TRANSITIONS[*row]);
             let (to, actions) = row.map_or_else(|| rule(from, &event), |(.., to, actions)| (to, actions));
-            let step = Target { state, fills, entered: Tick(0) }.step(event.clone(), Tick(9));
+            let step = Target { state, pages, entered: Tick(0) }.step(event.clone(), Tick(9));
             let taken: Vec<_> = step.actions.iter().map(Action::label).collect();
-            assert_eq!(
-                (step.state.label(), &taken[..]),
-                (to, actions),
-                "{from} on {event:?}, fills: {fills}"
-            );
+            assert_eq!((step.state.label(), &taken[..]), (to, actions), "{from} on {event:?}, {pages:?}");
         }
     }
     let untried: Vec<_> = TRANSITIONS.iter().zip(tried).filter(|(_, tried)| !tried).collect();
@@ -203,11 +204,12 @@ fn the_diagram_in_the_documentation_is_the_table() {
 fn the_record_says_filling_until_the_last_page_is_in_its_task() {
     for (fills, decision) in [(false, Decision::Resumed), (true, Decision::Filling)] {
         let state = State::Resuming { early: Early::default() };
-        let target = Target { state, fills, entered: Tick(0) };
+        let pages = Pages { fills, arrived: false };
+        let target = Target { state, pages, entered: Tick(0) };
         let step = target.step(Event::Running { pid: 7 }, Tick(1));
         assert_eq!(step.actions, [Action::Record(decision)]);
     }
-    let target = Target { state: State::Filling { pid: 7 }, fills: true, entered: Tick(0) };
+    let target = Target { state: State::Filling { pid: 7 }, pages: FILLS, entered: Tick(0) };
     let step = target.step(Event::Filled(TargetMemory::default()), Tick(1));
     assert_eq!(step.actions[0], Action::Record(Decision::Resumed));
     assert_eq!(step.state.end(), Some(&End::Resumed { pid: 7 }));
@@ -227,7 +229,7 @@ fn every_round_has_its_time() {
 #[test]
 fn what_comes_before_the_record_is_written_is_not_forgotten() {
     let resuming =
-        || Target { state: State::Resuming { early: Early::default() }, fills: true, entered: Tick(0) };
+        || Target { state: State::Resuming { early: Early::default() }, pages: FILLS, entered: Tick(0) };
     let end = |early: Event| {
         let target = resuming().step(early, Tick(1)).state.step(Event::Running { pid: 7 }, Tick(2)).state;
         target.step(Event::Recorded(Decision::Filling), Tick(3)).state.label()
@@ -236,3 +238,13 @@ fn what_comes_before_the_record_is_written_is_not_forgotten() {
     assert_eq!(end(Event::LinkLost { cause: "gone".to_owned() }), "Stranded");
     assert_eq!(end(Event::Held), "Filling");
 }
+
+#[test]
+fn a_target_that_has_every_page_needs_no_link() {
+    let target = Target { state: State::Filling { pid: 7 }, pages: FILLS, entered: Tick(0) };
+    let target = target.step(Event::Arrived, Tick(1)).state;
+    let target = target.step(Event::LinkLost { cause: "gone".to_owned() }, Tick(2)).state;
+    assert_eq!((target.label(), target.deadline()), ("Filling", None));
+}
+
+const FILLS: Pages = Pages { fills: true, arrived: false };

@@ -29,6 +29,7 @@ fn offer() -> Offer {
     Offer {
         migration: "m-1".to_owned().try_into().unwrap(),
         mode: Mode::Native,
+        images: crate::request::Images::Cache,
         dry_run: false,
         keep: true,
         source: facts(),
@@ -96,6 +97,7 @@ fn every_message() -> Vec<Message<'static>> {
         Message::FateQuery { migration: "m-1".to_owned().try_into().unwrap() },
         Message::FateAnswer(FateAnswer::Pending),
         Message::FateAnswer(FateAnswer::Filling),
+        Message::FateAnswer(FateAnswer::Lost),
         Message::JoinStream { migration: "m-1".to_owned().try_into().unwrap(), stream: StreamId::Bulk(63) },
         Message::JoinStream { migration: "m-1".to_owned().try_into().unwrap(), stream: StreamId::Fault },
         Message::Pages { space: 1, runs: runs(), bytes: &[7; 3 * 4096] },

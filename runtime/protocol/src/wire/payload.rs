@@ -84,6 +84,7 @@ pub(super) const fn fate_code(answer: FateAnswer) -> u8 {
         FateAnswer::Pending => 1,
         FateAnswer::Here => 2,
         FateAnswer::Filling => 3,
+        FateAnswer::Lost => 4,
     }
 }
 
@@ -93,6 +94,7 @@ pub(super) fn take_fate(fields: &mut Reader<'_>) -> Result<FateAnswer, WireError
         1 => FateAnswer::Pending,
         2 => FateAnswer::Here,
         3 => FateAnswer::Filling,
+        4 => FateAnswer::Lost,
         _ => return Err(fields.bad("an unknown answer")),
     })
 }

@@ -74,6 +74,9 @@ impl World {
             assert!(stored.keys().all(|address| !remote.contains(address)), "an old copy of a page to come");
         }
         self.feed_target(target::Event::Complete);
+        if self.plan.values().all(|(_, remote)| remote.is_empty()) {
+            self.feed_target(target::Event::Arrived);
+        }
     }
 
     /// Makes the tasks' memory: every page of it is here, still to come, or of zeros.

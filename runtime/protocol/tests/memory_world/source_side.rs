@@ -166,9 +166,9 @@ impl World {
 
     /// Asks the agent first, and then comes back to a worker that still lacks pages.
     pub(crate) fn rejoin(&mut self) {
+        let leaves_pages = self.source.as_ref().is_some_and(Source::leaves_pages);
         match self.record.asked(self.target.is_some()).answer {
-            FateAnswer::Here => self.soon(Happening::AtSource(source::Event::Answered(FateAnswer::Here))),
-            _ if self.target.is_some() => {
+            FateAnswer::Filling if leaves_pages => {
                 // Nothing is claimed from here on but what the target says it lacks.
                 self.unclaimed.clear();
                 self.open_link();
@@ -178,7 +178,7 @@ impl World {
                     self.rejoin_fails();
                 }
             }
-            _ => self.rejoin_fails(),
+            answer => self.soon(Happening::AtSource(source::Event::Answered(answer))),
         }
     }
 

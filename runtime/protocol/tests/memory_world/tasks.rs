@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use godwit_protocol::target;
 use godwit_protocol::wire::Message;
 use godwit_protocol::wire::pages::Run;
 
@@ -45,6 +46,9 @@ impl World {
             }
         }
         self.unneeded += u64::from(!needed);
+        if self.lacking_pages().is_empty() {
+            self.feed_target(target::Event::Arrived);
+        }
         self.begin_fill();
         self.try_again();
     }

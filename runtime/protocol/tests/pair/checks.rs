@@ -36,7 +36,14 @@ impl World {
                 assert_eq!(self.target_tasks, Tasks::Absent, "{self:?}");
             }
             Fate::Unknown => self.check_unknown(),
-            Fate::Lost => panic!("lost: {self:?}"),
+            Fate::Lost => {
+                assert!(self.perished, "{self:?}");
+                assert_eq!(
+                    (self.source_tasks, self.target_tasks),
+                    (Tasks::Absent, Tasks::Absent),
+                    "{self:?}"
+                );
+            }
         }
     }
 
@@ -47,6 +54,6 @@ impl World {
         assert!(self.source_tasks == Tasks::Frozen || barred, "{self:?}");
         let agent_was_away =
             self.strikes(|fault| matches!(fault, Fault::AgentDownFrom(_, for_s) if for_s > 60));
-        assert!(agent_was_away || self.perished, "{self:?}");
+        assert!(agent_was_away, "{self:?}");
     }
 }

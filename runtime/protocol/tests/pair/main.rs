@@ -27,6 +27,13 @@ fn has_migrated(world: &World) -> bool {
     matches!(world.end, Some(source::End::Migrated(_)))
 }
 
+fn fate(world: &World) -> Option<Fate> {
+    match &world.end {
+        Some(source::End::Failed(failure)) => Some(failure.fate),
+        _ => None,
+    }
+}
+
 fn a_way() -> impl Strategy<Value = Way> {
     proptest::sample::select(&WAYS[..])
 }
@@ -79,6 +86,34 @@ fn a_link_lost_while_pages_are_left_behind_ends_no_migration() {
             assert!(has_migrated(&world), "{world:?}");
         }
     }
+}
+
+#[test]
+fn what_was_sent_before_the_link_was_lost_decides_where_no_link_is_opened_again() {
+    let mut lost = 0;
+    for way in WAYS {
+        for (frame, seed) in (10..40).flat_map(|frame| (0..50).map(move |seed| (frame, seed))) {
+            let world = World::new(seed, way, vec![Fault::LinkAtFrame(frame)]).without_reopening().run();
+            let is_lost = fate(&world) == Some(Fate::Lost);
+            assert!(!is_lost || world.lacking > 0, "{world:?}");
+            assert!(!is_lost || world.now < 60 * 1_000_000_000, "{world:?}");
+            lost += u32::from(is_lost);
+        }
+    }
+    assert!(lost > 100, "{lost}");
+}
+
+#[test]
+fn a_container_that_dies_with_the_targets_worker_is_lost_to_both() {
+    let mut lost = 0;
+    for way in WAYS {
+        for (at, seed) in (20..70).flat_map(|at| (0..50).map(move |seed| (at, seed))) {
+            let world = World::new(seed, way, vec![Fault::TargetDiesAt(at)]).run();
+            assert_ne!(fate(&world), Some(Fate::Unknown), "{world:?}");
+            lost += u32::from(fate(&world) == Some(Fate::Lost));
+        }
+    }
+    assert!(lost > 100, "{lost}");
 }
 
 #[test]
@@ -145,8 +180,10 @@ proptest! {
     fn whatever_breaks_exactly_one_side_has_the_container(
         seed in any::<u64>(),
         way in a_way(),
+        reopens in any::<bool>(),
         faults in proptest::collection::vec(a_fault(), 0..4),
     ) {
-        World::new(seed, way, faults).run();
+        let world = World::new(seed, way, faults);
+        if reopens { world.run() } else { world.without_reopening().run() };
     }
 }

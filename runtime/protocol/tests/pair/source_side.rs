@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use godwit_protocol::fate::FateAnswer;
+use godwit_protocol::fate::{Decision, FateAnswer};
 use godwit_protocol::plan::Way;
 use godwit_protocol::report::Tick;
 use godwit_protocol::rootfs::Pass;
@@ -104,6 +104,7 @@ impl World {
             }
             Action::Serve => self.serve(),
             Action::Rejoin { pause } => {
+                self.lose_link();
                 let pause = ns(pause) + self.a_while();
                 self.after(pause, Happening::Rejoin(life));
             }
@@ -159,16 +160,17 @@ impl World {
         let asked = self.record.asked(self.target.is_some());
         if asked.kill_first {
             self.target_tasks = Tasks::Absent;
+            self.perished |= self.record == Decision::Filling;
         }
         self.record = asked.decision;
         Some(asked.answer)
     }
 
-    /// The agent is asked first; a worker that still lacks pages gets new connections.
+    /// The agent is asked first; a worker that still lacks pages gets new connections, where that is known how to do.
     pub(crate) fn rejoin(&mut self) {
+        let pages_left = self.source.as_ref().is_some_and(Source::leaves_pages);
         match self.answer() {
-            Some(FateAnswer::Here) => self.at_source(source::Event::Answered(FateAnswer::Here)),
-            Some(_) if self.target.is_some() => {
+            Some(FateAnswer::Filling) if pages_left && self.reopens => {
                 self.open_link();
                 self.feed_target(target::Event::Rejoined);
                 if !self.is_answering() {
@@ -176,7 +178,8 @@ impl World {
                     self.rejoin_fails();
                 }
             }
-            _ => self.rejoin_fails(),
+            Some(answer) => self.at_source(source::Event::Answered(answer)),
+            None => self.rejoin_fails(),
         }
     }
 

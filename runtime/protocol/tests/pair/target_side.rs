@@ -51,6 +51,9 @@ impl World {
             Action::SendReceived => self.tell_source(PeerEvent::Received),
             Action::Restore => {
                 self.target_tasks = Tasks::Frozen;
+                if self.lacking == 0 {
+                    self.feed_target(target::Event::Arrived);
+                }
                 self.soon(Happening::AtTarget(target::Event::Held));
             }
             Action::SendRestored => self.tell_source(PeerEvent::Restored),
@@ -77,6 +80,9 @@ impl World {
             Action::Destroy => {
                 self.target_tasks = Tasks::Absent;
                 self.perished = true;
+                if self.record.may_become(Decision::Lost) {
+                    self.record = Decision::Lost;
+                }
                 self.soon(Happening::AtTarget(target::Event::Undone));
             }
             Action::Undo { tell } => {
@@ -101,13 +107,18 @@ impl World {
     pub(crate) fn page_came(&mut self) {
         if self.target.is_some() {
             self.lacking -= 1;
+            if self.lacking == 0 {
+                self.feed_target(target::Event::Arrived);
+            }
             self.check_filled();
         }
     }
 
     fn check_filled(&mut self) {
         if self.lacking == 0 {
-            self.soon(Happening::AtTarget(target::Event::Filled(TargetMemory::default())));
+            // A large container takes its time to be put in place.
+            let pause = if self.below(4) == 0 { 20_000_000_000 } else { 0 } + self.a_while();
+            self.after(pause, Happening::AtTarget(target::Event::Filled(TargetMemory::default())));
         }
     }
 

@@ -77,6 +77,8 @@ pub(crate) struct World {
 
     pub(crate) target: Option<Target>,
     pub(crate) target_tasks: Tasks,
+    /// Whether the source knows how to come back over a new link.
+    pub(crate) reopens: bool,
     /// Pages that only the source has.
     pub(crate) lacking: u64,
     /// Whether the target lost the container after it had run there.
@@ -116,6 +118,7 @@ impl World {
             died_serving: false,
             target: None,
             target_tasks: Tasks::Absent,
+            reopens: true,
             lacking: 0,
             perished: false,
             record: Decision::Undecided,
@@ -132,6 +135,10 @@ impl World {
         };
         world.take_source(step);
         world
+    }
+
+    pub(crate) fn without_reopening(self) -> Self {
+        Self { reopens: false, ..self }
     }
 
     /// A number below `end`.
