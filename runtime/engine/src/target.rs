@@ -291,16 +291,9 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
                     memory.stop();
                 }
             }
-            // There is no way for the source to come back yet: see the source's `rejoin`.
+            // There is no way for the source to come back yet: see its `rejoin`.
             Action::SendLacking => {}
-            Action::Destroy => {
-                let destroyed = self.restorer.remove().map_err(|cause| causes(cause.as_ref()));
-                self.note_gone(&destroyed);
-                self.tell(match destroyed {
-                    Ok(()) => Event::Undone,
-                    Err(cause) => Event::UndoFailed { cause },
-                });
-            }
+            Action::Destroy => self.destroy(),
             Action::Undo { tell } => self.undo(tell),
             Action::ReportFailed { failure } => {
                 log::error!(
@@ -356,6 +349,23 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
             }
             Err(cause) => self.tell(Event::UndoFailed { cause }),
         }
+    }
+
+    /// Removes what runs here and lacks memory, and only then records that it is lost.
+    fn destroy(&self) {
+        let destroyed = self.restorer.remove().map_err(|cause| causes(cause.as_ref()));
+        self.note_gone(&destroyed);
+        let event = match destroyed {
+            Ok(()) => {
+                // Where that fails the agent does it, once this worker has ended.
+                if let Err(error) = self.record.decide(Decision::Lost) {
+                    log::warn!("{}", causes(&error));
+                }
+                Event::Undone
+            }
+            Err(cause) => Event::UndoFailed { cause },
+        };
+        self.tell(event);
     }
 
     fn note_gone(&self, removed: &Result<(), String>) {

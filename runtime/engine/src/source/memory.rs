@@ -156,6 +156,13 @@ impl Memory {
         }
     }
 
+    /// Ends the streams.
+    pub(super) fn stop(&self) {
+        if let Some(streams) = &self.streams {
+            streams.stop();
+        }
+    }
+
     /// Waits until the thread has counted what it sent: the target may have the last page before that.
     pub(super) fn finish(mut self) {
         self.orders = channel().0;
@@ -170,9 +177,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if let Some(streams) = &self.streams {
-            streams.stop();
-        }
+        self.stop();
     }
 }
 

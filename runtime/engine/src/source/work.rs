@@ -8,7 +8,6 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
-use godwit_protocol::fate::FateAnswer;
 use godwit_protocol::rootfs::Pass;
 use godwit_protocol::source::Event;
 use godwit_protocol::wire::Message;
@@ -262,6 +261,16 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         Ok(self.bulk()?.send_always(&Message::Commit)?)
     }
 
+    /// Ends the link, and asks what the target has. There is no way yet to give pages over a new link: a target that
+    /// lacks some gives up, and says so the next time.
+    pub(super) fn rejoin(&self, pause: Duration) {
+        if let Some(link) = &self.link {
+            link.breaker.break_link();
+        }
+        self.with_memory(Memory::stop);
+        self.ask_fate(pause);
+    }
+
     pub(super) fn ask_fate(&self, pause: Duration) {
         let news = self.teller.clone();
         let (request, migration) = (self.order.request.clone(), self.order.migration.clone());
@@ -275,7 +284,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         });
     }
 
-    /// Lets CRIU kill the tasks, and kills what it leaves. The container runs elsewhere: nothing here is an error
+    /// Lets CRIU kill the tasks, and kills what it leaves. The container runs or ran elsewhere: nothing here is an error
     /// that could change that.
     pub(super) fn kill(&mut self) {
         self.moved_at = self.clock.now();
@@ -331,22 +340,6 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
             done.recv_timeout(LAST_WORD_MAX).ok();
         }
         breaker.break_link();
-    }
-
-    /// Asks whether the target lacks pages still. There is no way yet to give them over a new link: they are kept for
-    /// as long as the machine wants.
-    pub(super) fn rejoin(&self, pause: Duration) {
-        let news = self.teller.clone();
-        let (request, migration) = (self.order.request.clone(), self.order.migration.clone());
-        thread::spawn(move || {
-            thread::sleep(pause);
-            let event = match ask::ask(&request, &migration) {
-                Ok(FateAnswer::Here) => Event::Answered(FateAnswer::Here),
-                Ok(_) => Event::AskFailed { cause: "a broken link cannot be opened again".to_owned() },
-                Err(error) => Event::AskFailed { cause: causes(&error) },
-            };
-            news.send(News::Event(event)).ok();
-        });
     }
 
     pub(super) fn leave_frozen(&mut self) {

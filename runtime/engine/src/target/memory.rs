@@ -207,8 +207,12 @@ impl Gate {
             Err(what) => Event::Nonsense { what },
         };
         state.remote_pages = state.plan.values().map(|promised| promised.remote.pages()).sum();
+        let all_here = state.remote_pages == 0;
         drop(state);
         (self.tell)(event);
+        if all_here {
+            (self.tell)(Event::Arrived);
+        }
     }
 
     /// Holds the store against the plan. What stays at the source is not had here: a copy of it is an old one.
@@ -266,6 +270,9 @@ impl Gate {
 impl Arrivals for Gate {
     fn on_mark(&self, round: u32) {
         if round == ROUND_LAST {
+            if self.lock().is_complete {
+                (self.tell)(Event::Arrived);
+            }
             return;
         }
         self.lock().marked = Some(round);

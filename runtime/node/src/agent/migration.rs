@@ -23,7 +23,7 @@ use godwit_engine::{
     link::{Link, LinkError},
 };
 use godwit_protocol::{
-    fate::Decision,
+    fate::{Decision, FateAnswer},
     offer::{Accept, Offer},
     plan::Plan,
     wire::{Message, Reject, RejectCode, message::Step},
@@ -278,6 +278,9 @@ impl Meeting {
         drop(entry);
         let fate = self.arrival.settle(&self.record);
         match (fate, started) {
+            (Ok(FateAnswer::Lost), _) => Err(ConnectionError::Failed(format!(
+                "container {id} was ended here, where it had begun to run: not all of its memory came"
+            ))),
             (Ok(fate), started) if fate.has_run() => {
                 if let Ok(Err(error)) = started {
                     log::warn!(migration:%; "the container runs, but containerd was not told so well: {error}");
