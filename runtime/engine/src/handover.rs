@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use godwit_protocol::offer::Needs;
+use godwit_protocol::request::Images;
 use godwit_protocol::wire::pages::StreamId;
 use godwit_protocol::{MigrationId, Mode};
 use godwit_sys::SysError;
@@ -35,6 +36,8 @@ pub struct Handover {
     pub mode: Mode,
     /// What the container needs of this host.
     pub needs: Needs,
+    /// Where images and pages are on their way.
+    pub images: Images,
     /// Bulk streams that carry pages beside the link; none when CRIU's images do.
     pub streams: Option<u8>,
     /// The directory of the migration's record (see [`crate::decision::Record::of`]).
@@ -255,6 +258,7 @@ mod tests {
         let mut link = Link::accept(tcp.accept().unwrap().0).unwrap();
         assert_eq!(link.receive().unwrap(), Message::Commit);
         let handover = Handover {
+            images: Images::Cache,
             streams: None,
             migration: "m".to_owned().try_into().unwrap(),
             id: "web".to_owned(),

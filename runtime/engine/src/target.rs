@@ -25,7 +25,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
+use godwit_memory::fault::MemoryStore;
 use godwit_protocol::fate::Decision;
+use godwit_protocol::request::Images as Place;
 use godwit_protocol::target::{Action, End, Event, Step, Target};
 use godwit_protocol::wire::Message;
 use godwit_protocol::wire::message::Resumed;
@@ -143,7 +145,7 @@ pub fn run(
     let record = Record::of(&handover.records, &handover.migration);
     let alive = record.work()?;
     let room_bytes = images_max(&handover).min(image_dir::room_bytes());
-    let images = ImageDir::new(room_bytes).map_err(TargetError::Images)?;
+    let images = ImageDir::make(handover.images, room_bytes).map_err(TargetError::Images)?;
     let (send, receive) = link.split();
     let (tell, events) = channel();
     let memory = match handover.streams {
@@ -151,8 +153,13 @@ pub fn run(
             let tell = tell.clone();
             // A machine that has ended does not care.
             let tell = move |event| drop(tell.send(event));
+            let store = match handover.images {
+                Place::Cache => MemoryStore::new(room_bytes),
+                Place::Disk => MemoryStore::on_storage(images.path(), room_bytes),
+            };
+            let store = store.map_err(|error| TargetError::Memory(error.into()))?;
             let warden = restorer.warden().map(Warden::start).transpose().map_err(TargetError::Warden)?;
-            let received = Memory::receive(agent.streams()?, bulk_count, room_bytes, warden, tell);
+            let received = Memory::receive(agent.streams()?, bulk_count, store, warden, tell);
             Some(received.map_err(TargetError::Memory)?)
         }
         None => None,

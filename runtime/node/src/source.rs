@@ -153,6 +153,7 @@ impl Source {
             container,
             stdio: stdio_of(process),
             needs,
+            images: request.images,
             // The engine's to say.
             abilities: Abilities::default(),
             streams: 0,

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::plan::Abilities;
-use crate::request::{MigrationId, Mode};
+use crate::request::{Images, MigrationId, Mode};
 
 /// A container that is offered to a target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +37,9 @@ pub struct Offer {
     /// What the source can do with the memory of the container's tasks.
     #[serde(default)]
     pub abilities: Abilities,
+    /// Where images and pages are to be on their way.
+    #[serde(default)]
+    pub images: Images,
     /// Bulk streams that pages are to travel on, if they travel apart from CRIU's images.
     #[serde(default)]
     pub streams: u8,

@@ -7,7 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::request::{Limits, Mode};
+use crate::request::{Images, Limits, Mode};
 
 /// When pages travel, decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -64,11 +64,13 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Tells whether godwit carries the pages between two such hosts, whatever was asked for. Both ends come to the
-    /// same answer.
+    /// Tells whether godwit carries the pages between two such hosts, by what is asked for and what
+    /// they can do. Both ends come to the same answer.
     #[must_use]
-    pub const fn is_ours(source: &Abilities, target: &Abilities) -> bool {
-        source.cannot_hide.is_none() && target.cannot_serve.is_none()
+    pub const fn is_ours(mode: Mode, images: Images, source: &Abilities, target: &Abilities) -> bool {
+        source.cannot_hide.is_none()
+            && target.cannot_serve.is_none()
+            && !matches!((mode, images), (Mode::Native, Images::Disk))
     }
 
     /// Chooses how pages travel.
@@ -77,6 +79,7 @@ impl Plan {
     /// Why what was asked for cannot be done, and what can be.
     pub fn choose(
         mode: Mode,
+        images: Images,
         limits: &Limits,
         source: &Abilities,
         target: &Abilities,
@@ -92,6 +95,8 @@ impl Plan {
             return in_images(&format!("the target cannot restore without them ({why})"));
         }
         let way = match mode {
+            // What checkpoint, copy and restore have always been: all of it in files on storage.
+            Mode::Native if images == Images::Disk => Way::InImages,
             Mode::Auto => Way::Auto,
             Mode::Native => Way::Native,
             Mode::Precopy => Way::Precopy,
@@ -121,7 +126,7 @@ mod tests {
         source: &Abilities,
         target: &Abilities,
     ) -> Result<Plan, String> {
-        Plan::choose(mode, &Limits { allow_postcopy, ..Limits::default() }, source, target)
+        Plan::choose(mode, Images::Cache, &Limits { allow_postcopy, ..Limits::default() }, source, target)
     }
 
     #[test]
@@ -148,6 +153,21 @@ mod tests {
         assert_eq!(choose(Mode::Native, false, &blind, &able).unwrap().notes, Vec::<String>::new());
     }
 
+    fn ours(mode: Mode, source: &Abilities, target: &Abilities) -> bool {
+        Plan::is_ours(mode, Images::Cache, source, target)
+    }
+
+    #[test]
+    fn native_through_storage_is_a_checkpoint_and_a_restore() {
+        let able = Abilities::default();
+        let choose = |mode| Plan::choose(mode, Images::Disk, &Limits::default(), &able, &able).unwrap();
+        for mode in Mode::ALL {
+            let plan = choose(mode);
+            assert_eq!(plan.way.is_ours(), Plan::is_ours(mode, Images::Disk, &able, &able));
+            assert_eq!(plan.way == Way::InImages, mode == Mode::Native);
+        }
+    }
+
     #[test]
     fn without_hiding_or_serving_pages_go_the_old_way_and_the_report_says_so() {
         let able = Abilities::default();
@@ -156,11 +176,7 @@ mod tests {
         for mode in Mode::ALL {
             let plan = choose(mode, false, &source, &able).unwrap();
             assert!(plan.way == Way::InImages && plan.notes[0].contains("no seccomp"));
-            assert!(
-                !Plan::is_ours(&source, &able)
-                    && !Plan::is_ours(&able, &target)
-                    && Plan::is_ours(&able, &able)
-            );
+            assert!(!ours(mode, &source, &able) && !ours(mode, &able, &target) && ours(mode, &able, &able));
             let plan = choose(mode, false, &able, &target).unwrap();
             assert!(plan.way == Way::InImages && plan.notes[0].contains("no userfaultfd"));
         }

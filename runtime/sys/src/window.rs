@@ -1,4 +1,4 @@
-//! A file in memory, mapped so that the kernel can read pages straight out of it.
+//! A file, in memory unless it is wanted elsewhere, mapped so that the kernel can read pages straight out of it.
 //!
 //! Pages that wait to be installed stand in a memfd. [`Userfaultfd::copy_from_window`] takes them from the
 //! mapping without a buffer in between, [`Window::punch`] gives their memory back. The process itself never
@@ -10,7 +10,8 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
 use std::ptr::NonNull;
 
 use nix::errno::Errno;
@@ -38,10 +39,23 @@ impl Window {
     /// # Errors
     /// [`SysError::Call`], [`SysError::File`].
     pub fn new(name: &CStr, bytes: u64) -> Result<Self> {
+        Self::over(crate::memfd::create(name)?, bytes)
+    }
+
+    /// Makes a window over a file on storage in `directory`, which has no name there and goes with the window.
+    ///
+    /// # Errors
+    /// [`SysError::File`] where the file system has no files without a name, [`SysError::Call`].
+    pub fn on_storage(directory: &Path, bytes: u64) -> Result<Self> {
+        let mut options = File::options();
+        options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE);
+        Self::over(options.open(directory).map_err(SysError::file(directory))?, bytes)
+    }
+
+    fn over(file: File, bytes: u64) -> Result<Self> {
         let too_large = || SysError::Call { call: "mmap", errno: Errno::ENOMEM };
         let bytes = bytes.max(1).checked_next_multiple_of(PAGE_BYTES).ok_or_else(too_large)?;
         let length = usize::try_from(bytes).map_err(|_| too_large())?;
-        let file = crate::memfd::create(name)?;
         file.set_len(bytes).map_err(SysError::file("memfd"))?;
         // SAFETY: without an address the kernel picks a free place, so no other memory is touched.
         let base = unsafe {

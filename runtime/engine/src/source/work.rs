@@ -119,7 +119,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
 
     /// Prepares CRIU first: what is in the way of a dump is best known before anything is copied.
     pub(super) fn send_rootfs(&mut self) -> Result<(), Cause> {
-        let images = ImageDir::new(image_dir::room_bytes())?;
+        let images = ImageDir::make(self.order.request.images, image_dir::room_bytes())?;
         self.memory = self.start_memory()?;
         let dump =
             self.container.prepare(images.path(), self.memory.as_ref().map(|memory| &memory.hidden))?;

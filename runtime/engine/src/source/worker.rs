@@ -190,7 +190,13 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
                 self.expected_bytes += accept.missing.iter().filter_map(size).sum::<u64>();
                 self.missing = accept.missing;
                 let request = &self.order.request;
-                match Plan::choose(request.mode, &request.limits, &self.abilities, &accept.abilities) {
+                match Plan::choose(
+                    request.mode,
+                    request.images,
+                    &request.limits,
+                    &self.abilities,
+                    &accept.abilities,
+                ) {
                     Ok(plan) => {
                         let way = plan.way;
                         self.plan = Some(plan);

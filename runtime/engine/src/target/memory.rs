@@ -37,18 +37,18 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// Begins to receive pages, at most `room_bytes` of them; `tell` gets what happens.
+    /// Begins to receive pages into `store`; `tell` gets what happens.
     ///
     /// # Errors
     /// What cannot be made.
     pub(super) fn receive(
         streams: Streams,
         bulk_count: u8,
-        room_bytes: u64,
+        store: MemoryStore,
         warden: Option<Warden>,
         tell: impl Fn(Event) + Send + Sync + 'static,
     ) -> Result<Self, Cause> {
-        let store = Arc::new(MemoryStore::new(room_bytes)?);
+        let store = Arc::new(store);
         let gate = Arc::new(Gate {
             store: Arc::clone(&store),
             state: Mutex::default(),

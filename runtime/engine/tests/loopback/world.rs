@@ -266,6 +266,7 @@ impl Agent {
             migration: "m".to_owned().try_into()?,
             id: "web".to_owned(),
             mode: Mode::Native,
+            images: godwit_protocol::request::Images::Cache,
             needs: Needs::default(),
             streams: None,
             records: self.directory.join("records"),
@@ -350,6 +351,7 @@ impl Origin for PretendedOrigin {
         Ok(Offer {
             migration: "m".to_owned().try_into()?,
             mode: Mode::Native,
+            images: godwit_protocol::request::Images::Cache,
             dry_run: self.dry_run,
             keep: false,
             source: facts(),

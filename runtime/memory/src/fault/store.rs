@@ -10,6 +10,7 @@
 //! different streams seldom meet.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -64,13 +65,22 @@ impl MemoryStore {
     /// # Errors
     /// [`MemoryError::Sys`].
     pub fn new(bytes_max: u64) -> Result<Self> {
+        Self::over(bytes_max, |bytes| Ok(Window::new(c"godwit-pages", bytes)?))
+    }
+
+    /// A store whose pages wait in files without a name in `directory`, not in memory.
+    ///
+    /// # Errors
+    /// [`MemoryError::Sys`].
+    pub fn on_storage(directory: &Path, bytes_max: u64) -> Result<Self> {
+        Self::over(bytes_max, |bytes| Ok(Window::on_storage(directory, bytes)?))
+    }
+
+    fn over(bytes_max: u64, window: impl Fn(u64) -> Result<Window>) -> Result<Self> {
         let room_pages = bytes_max / PAGE_BYTES;
         // Enough for pages that lie far apart, each alone in its block; only addresses are spent on it.
         let window_bytes = room_pages.saturating_mul(LEND_BYTES).clamp(LEND_BYTES, WINDOW_BYTES_MAX);
-        let shard = |_| {
-            let window = Window::new(c"godwit-pages", window_bytes)?;
-            Ok(Shard { window, index: Mutex::default() })
-        };
+        let shard = |_| Ok(Shard { window: window(window_bytes)?, index: Mutex::default() });
         let shards = (0..SHARDS).map(shard).collect::<Result<_>>()?;
         Ok(Self { shards, room_pages: AtomicU64::new(room_pages) })
     }

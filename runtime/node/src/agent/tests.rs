@@ -213,6 +213,7 @@ fn page_streams_reach_the_worker_of_their_migration_and_no_other() {
     assert!(join(&host, "m", StreamId::Fault).0.unwrap_err().contains("no migration m"));
     let seat = Seat::take(&host.shared).unwrap();
     let handover = Handover {
+        images: godwit_protocol::request::Images::Cache,
         streams: None,
         migration: migration.clone(),
         id: "web".to_owned(),

@@ -4,6 +4,7 @@ use godwit_protocol::{
     Mode,
     offer::{Blob, ContainerRecord, Descriptor, Image, Needs, Runtime, Snapshot, Stdio, TypedBytes},
     plan::Abilities,
+    request,
 };
 
 use super::*;
@@ -60,6 +61,7 @@ pub(crate) fn offer() -> Offer {
         stdio: Stdio::default(),
         needs: Needs { memory_bytes: 1 << 30, rootfs_bytes: 1 << 20, tasks: 1 },
         abilities: Abilities::default(),
+        images: request::Images::Cache,
         streams: 2,
     }
 }
