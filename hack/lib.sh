@@ -22,10 +22,11 @@ need_root() {
     [[ $(id -u) == 0 ]] || die "needs root"
 }
 
-# Builds what the nodes of a demonstration or a benchmark run, and the chores themselves.
+# Builds what the nodes of a demonstration or a benchmark run, and the chores themselves; arguments name further
+# packages.
 build_release() {
     say "building in release mode (into $CARGO_TARGET_DIR)"
     cargo build --release --quiet --manifest-path "$top/Cargo.toml" \
-        -p godwit -p containerd-shim-godwit -p xtask --bins
+        -p godwit -p containerd-shim-godwit -p xtask "${@/#/--package=}" --bins
     export GODWIT_BIN=$CARGO_TARGET_DIR/release
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use godwit_integration::image::catalog::by_name;
 use godwit_integration::process::wait_until;
 use godwit_integration::{Bed, BedOptions, Version};
-use godwit_protocol::Report;
+use godwit_protocol::{Mode, Report};
 use serde_json::{Value, json};
 
 use crate::Result;
@@ -21,6 +21,10 @@ pub(crate) struct Arguments {
     /// Prints one JSON object instead of text.
     #[arg(long)]
     json: bool,
+    /// When memory travels: auto (rounds while they help, the rest after the container runs on the target), or
+    /// native, precopy, postcopy or hybrid.
+    #[arg(long, value_name = "MODE", default_value_t = Mode::Auto)]
+    mode: Mode,
     /// How much memory the memhog fills again and again, in MB.
     #[arg(long, value_name = "MB", default_value_t = 512)]
     memory: u32,
@@ -52,8 +56,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     ];
     let mut results = Vec::new();
     for contestant in &contestants {
-        say(&format!("\nnode a runs {}; godwit migrate {} --to node-b", contestant.what(), contestant.id));
-        results.push(contestant.migrate(&bed)?);
+        let command = contestant.command(arguments.mode);
+        say(&format!("\nnode a runs {}; {}", contestant.what(), command.join(" ")));
+        results.push(contestant.migrate(&bed, &command)?);
         if let Some(result) = results.last() {
             say(&result.text());
         }
@@ -110,12 +115,20 @@ impl Contestant {
         self.command.lines().next().unwrap_or_default()
     }
 
-    fn migrate(&self, bed: &Bed) -> Result<Moved> {
+    fn command(&self, mode: Mode) -> Vec<&'static str> {
+        let mut command = vec!["godwit", "migrate", self.id, "--to", "node-b"];
+        match mode {
+            Mode::Auto => command.push("--allow-postcopy"),
+            mode => command.extend(["--mode", mode.name()]),
+        }
+        command
+    }
+
+    fn migrate(&self, bed: &Bed, command: &[&str]) -> Result<Moved> {
         let observer = Observer::watch(&self.output);
-        let text =
-            bed.a().exec(["godwit", "migrate", self.id, "--to", "node-b", "--mode", "native", "--json"])?;
+        let text = bed.a().exec(command.iter().chain(&["--json"]))?;
         self.await_output(500)?;
-        let gap = observer.finish().into_iter().next();
+        let gap = observer.finish().gaps.into_iter().next();
         let blackout_ms = gap.map_or(0.0, |gap| gap.length.as_secs_f64() * 1e3);
         Ok(Moved { report: serde_json::from_str(&text)?, blackout_ms })
     }
@@ -155,9 +168,13 @@ impl Moved {
     fn text(&self) -> String {
         let (report, parts) = (&self.report, &self.report.downtime);
         let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / 1048576.0);
+        let rounds = &report.rounds;
+        let before: u64 = rounds.iter().map(|round| round.sent_pages).sum();
         format!(
             "  total {:.0} ms, down {:.0} ms (freeze {:.0}, state dump {:.0}, transfer {:.0}, restore {:.0}, resume {:.0})\n  \
-             {} pages, {} of memory, {} of state, {} of writable layer, {} on the wire\n  \
+             {} pages, {} of them zero; {} sent in {} rounds while it ran; all in place {:.0} ms after it ran there,\n  \
+             {} of them fetched because it waited for them (half within {} µs)\n  \
+             {} of memory, {} of state, {} of writable layer, {} on the wire\n  \
              {} bytes written to disk; processor time {:.2} s on the source, {:.2} s on the target\n  \
              an outside observer saw it stand still for {:.0} ms",
             report.total_ms,
@@ -168,6 +185,12 @@ impl Moved {
             parts.restore_ms,
             parts.resume_ms,
             report.pages.total,
+            report.pages.zero,
+            before,
+            rounds.len(),
+            report.fill_ms,
+            report.faults.network.count,
+            report.faults.network.p50_us,
             mib(report.bytes.memory),
             mib(report.bytes.state),
             mib(report.bytes.rootfs),

@@ -5,11 +5,11 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use plotters::prelude::*;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::Result;
+use crate::draw::Drawing;
 use crate::spread::Spread;
 
 /// One measurement: column name to value.
@@ -24,13 +24,6 @@ pub(crate) struct Figure {
     command: String,
     pub(crate) rows: Vec<Row>,
     pub(crate) summary: Map<String, Value>,
-}
-
-/// A bar of the drawing: its label and its spread.
-#[derive(Debug)]
-pub(crate) struct Bar {
-    pub(crate) label: String,
-    pub(crate) spread: Spread,
 }
 
 impl Figure {
@@ -56,18 +49,63 @@ impl Figure {
         self.versions.insert(name.to_owned(), text);
     }
 
-    /// Writes `DIR/NAME.json`, `.csv` and `.svg`; the drawing shows `bars` on a logarithmic axis in `unit`.
+    /// Adds a measurement and shows it on the terminal.
+    pub(crate) fn add(&mut self, row: Value) {
+        if let Value::Object(row) = row {
+            let shown = ["memory_mb", "mode", "images", "content", "rate", "contender", "run", "outcome"];
+            let shown = shown.iter().filter_map(|name| row.get(*name)).map(|value| match value {
+                Value::String(text) => text.clone(),
+                value => value.to_string(),
+            });
+            let times = ["downtime_ms", "observed_downtime_ms", "total_ms", "goodput_mbit_per_s"];
+            let times =
+                times.iter().filter_map(|name| Some(format!("{name} {:.1}", row.get(*name)?.as_f64()?)));
+            println!("{}", shown.chain(times).collect::<Vec<_>>().join(", "));
+            self.rows.push(row);
+        }
+    }
+
+    /// The spread of the column `value` over the rows that have it and all of `wanted`.
+    pub(crate) fn spread(&self, wanted: &[(&str, Value)], value: &str) -> Option<Spread> {
+        let rows = self.rows.iter();
+        let rows = rows.filter(|row| wanted.iter().all(|(name, wanted)| row.get(*name) == Some(wanted)));
+        Spread::of(rows.filter_map(|row| row.get(value)?.as_f64()))
+    }
+
+    /// Puts `value` into the summary at `path`, making the objects that lead there. What was not measured stays
+    /// out.
+    pub(crate) fn sum_up<V: Serialize>(&mut self, path: &[&str], value: Option<V>) -> Result<()> {
+        let (Some(value), [leading @ .., last]) = (value, path) else { return Ok(()) };
+        let mut place = &mut self.summary;
+        for name in leading {
+            let entry = place.entry(*name).or_insert_with(|| Value::Object(Map::new()));
+            place = entry.as_object_mut().ok_or_else(|| format!("{name} is in the summary already"))?;
+        }
+        place.insert((*last).to_owned(), serde_json::to_value(value)?);
+        Ok(())
+    }
+
+    /// Writes `DIR/NAME.json`, `.csv` and `.svg`.
     ///
     /// # Errors
     /// If a file cannot be written, or there is nothing to draw.
-    pub(crate) fn write(&self, dir: &Path, unit: &str, bars: &[Bar]) -> Result<()> {
+    pub(crate) fn write(&self, dir: &Path, drawing: &Drawing) -> Result<()> {
         fs::create_dir_all(dir)?;
         let path = |extension: &str| dir.join(format!("{}.{extension}", self.name));
         fs::write(path("json"), serde_json::to_string_pretty(self)? + "\n")?;
         fs::write(path("csv"), self.csv())?;
-        draw(&path("svg"), &self.name, unit, bars)?;
+        drawing.write(&path("svg"), &self.name)?;
         println!("wrote {}, .csv and .svg", path("json").display());
         Ok(())
+    }
+
+    /// Writes a further drawing, `DIR/NAME-WHAT.svg`.
+    ///
+    /// # Errors
+    /// As [`Figure::write`].
+    pub(crate) fn draw(&self, dir: &Path, what: &str, drawing: &Drawing) -> Result<()> {
+        fs::create_dir_all(dir)?;
+        drawing.write(&dir.join(format!("{}-{what}.svg", self.name)), &format!("{} {what}", self.name))
     }
 
     fn csv(&self) -> String {
@@ -89,48 +127,6 @@ impl Figure {
         }
         text
     }
-}
-
-fn draw(path: &Path, title: &str, unit: &str, bars: &[Bar]) -> Result<()> {
-    let least = bars.iter().map(|bar| bar.spread.min).fold(f64::INFINITY, f64::min);
-    let most = bars.iter().map(|bar| bar.spread.max).fold(0.0, f64::max);
-    if bars.is_empty() || least <= 0.0 {
-        return Err(format!("figure {title} has nothing to draw: no bar, or one at or below zero").into());
-    }
-    let area = SVGBackend::new(path, (760, 120 + 60 * u32::try_from(bars.len())?)).into_drawing_area();
-    area.fill(&WHITE)?;
-    let floor = least / 2.0;
-    let mut chart = ChartBuilder::on(&area)
-        .caption(format!("{title} ({unit}, median with least and greatest)"), ("sans-serif", 18))
-        .margin(16)
-        .x_label_area_size(36)
-        .y_label_area_size(240)
-        .build_cartesian_2d((floor..most * 1.5).log_scale(), 0..i32::try_from(bars.len())?)?;
-    let label = |row: &i32| {
-        usize::try_from(*row)
-            .ok()
-            .and_then(|row| bars.get(row))
-            .map_or(String::new(), |bar| bar.label.clone())
-    };
-    chart
-        .configure_mesh()
-        .disable_y_mesh()
-        .y_labels(bars.len())
-        .y_label_formatter(&label)
-        .x_desc(unit)
-        .draw()?;
-    for (row, bar) in (0..).zip(bars) {
-        let Spread { median, min, max, .. } = bar.spread;
-        let color = Palette99::pick(usize::try_from(row)?).mix(0.8);
-        let mut rectangle = Rectangle::new([(floor, row), (median, row + 1)], color.filled());
-        rectangle.set_margin(8, 8, 0, 0);
-        chart.draw_series([rectangle])?;
-        let mut whisker = Rectangle::new([(min, row), (max, row + 1)], BLACK.mix(0.35).filled());
-        whisker.set_margin(24, 24, 0, 0);
-        chart.draw_series([whisker])?;
-    }
-    area.present()?;
-    Ok(())
 }
 
 fn machine() -> BTreeMap<&'static str, String> {
@@ -156,6 +152,7 @@ fn machine() -> BTreeMap<&'static str, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::draw::Bar;
 
     #[test]
     fn a_figure_is_written_in_three_forms() {
@@ -166,7 +163,8 @@ mod tests {
             figure.rows.push(row.as_object().cloned().unwrap());
         }
         let spread = Spread::of([10.0, 30.0]).unwrap();
-        figure.write(&dir, "ms", &[Bar { label: "a".to_owned(), spread }]).unwrap();
+        let bars = vec![Bar { label: "a".to_owned(), spread }];
+        figure.write(&dir, &Drawing::Bars { unit: "ms".to_owned(), bars }).unwrap();
         let csv = fs::read_to_string(dir.join("sample.csv")).unwrap();
         let json: Value = serde_json::from_slice(&fs::read(dir.join("sample.json")).unwrap()).unwrap();
         let svg = fs::read_to_string(dir.join("sample.svg")).unwrap();

@@ -5,6 +5,7 @@
 
 mod bench;
 mod demo;
+mod draw;
 mod figure;
 mod observer;
 mod spread;

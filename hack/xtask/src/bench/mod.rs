@@ -3,8 +3,14 @@
 //! Absolute times on a shared machine say little, so contenders alternate within one run, every row is kept, and
 //! the summary holds ratios of medians with their spread.
 
-mod native;
+mod by_hand;
+mod link;
+mod paper;
+mod peers;
+mod scaling;
 mod shim;
+mod stage;
+mod tracker;
 
 use std::path::PathBuf;
 
@@ -40,6 +46,16 @@ enum Name {
     Shim,
     /// Downtime of a memhog by native migration, against checkpoint, export, copy, import and restore by ctr.
     Native,
+    /// The paper's figure: total time and downtime against memory, by mode, with images on disk and in memory.
+    Figure,
+    /// Downtime in every mode, against ctr, runc with CRIU by hand, and CRIU's lazy pages.
+    Peers,
+    /// Downtime and its parts against memory and against the rate at which it is written.
+    Scaling,
+    /// Goodput by streams against iperf3.
+    Link,
+    /// What following a program's memory costs it.
+    Tracker,
 }
 
 /// Measures the figure that was asked for.
@@ -49,7 +65,12 @@ enum Name {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     match arguments.name {
         Name::Shim => shim::run(arguments),
-        Name::Native => native::run(arguments),
+        Name::Native => peers::run_native(arguments),
+        Name::Figure => paper::run(arguments),
+        Name::Peers => peers::run(arguments),
+        Name::Scaling => scaling::run(arguments),
+        Name::Link => link::run(arguments),
+        Name::Tracker => tracker::run(arguments),
     }
 }
 

@@ -9,7 +9,8 @@ use serde_json::json;
 
 use super::{Arguments, GODWIT, RUNC, note_versions};
 use crate::Result;
-use crate::figure::{Bar, Figure};
+use crate::draw::{Bar, Drawing};
+use crate::figure::Figure;
 use crate::spread::Spread;
 
 /// Runs the figure.
@@ -55,7 +56,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         }
         println!("{name}: godwit / runc = {:.2} ({:.2}..{:.2})", ratio.median, ratio.min, ratio.max);
     }
-    figure.write(&arguments.out, "ms or KiB", &bars)
+    figure.write(&arguments.out, &Drawing::Bars { unit: "ms or KiB".to_owned(), bars })
 }
 
 fn run_latency_ms(node: &Node, runtime: &str, image: &str) -> Result<f64> {
