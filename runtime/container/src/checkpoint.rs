@@ -23,6 +23,8 @@ pub(crate) mod mountinfo;
 pub(crate) mod paths;
 pub mod preflight;
 pub(crate) mod scratch;
+pub(crate) mod shortcuts;
+pub(crate) mod tmpfs;
 
 use std::fs::DirBuilder;
 use std::io::ErrorKind;
@@ -32,12 +34,14 @@ use std::path::{Path, PathBuf};
 pub use godwit_criu::CgroupsMode;
 use godwit_criu::{CriuError, Message, Options, Program, Request, Script, Session};
 use godwit_memory::hide::Hidden;
+use godwit_sys::netns;
 use libcontainer::container::ContainerStatus;
 
 use crate::cgroup;
 use crate::state::{Status, Stored};
 pub use error::{CheckpointError, Result};
 pub use hiding::Hiding;
+use shortcuts::Shortcuts;
 
 /// What `checkpoint` takes beside the container.
 #[derive(Debug, Clone)]
@@ -71,6 +75,8 @@ pub struct CheckpointOptions {
     pub cgroups_mode: CgroupsMode,
     /// Let CRIU log only errors and warnings, which is faster.
     pub terse_log: bool,
+    /// Leave out what a restore by godwit can do without, which is faster. No other runtime restores the images.
+    pub shortcuts: bool,
     /// Memory that CRIU shall not see. It may be filled until [`Dump::run`] is called; [`Dump::hiding`] says
     /// whether it is used.
     pub hidden: Option<Hidden>,
@@ -94,6 +100,7 @@ impl CheckpointOptions {
             auto_dedup: false,
             cgroups_mode: CgroupsMode::Soft,
             terse_log: false,
+            shortcuts: false,
             hidden: None,
         }
     }
@@ -137,6 +144,11 @@ pub struct Dump {
     // Before the filter's supervisor: CRIU's questions are answered until it has ended.
     session: Session,
     filter: hiding::Filter,
+    shortcuts: Shortcuts,
+    pid: i32,
+    program: Program,
+    stored: Stored,
+    options: CheckpointOptions,
 }
 
 impl Dump {
@@ -156,20 +168,28 @@ impl Dump {
         make_directory(&options.image_path)?;
         make_directory(options.work_path())?;
         check_parent(options)?;
+        let shortcuts =
+            if options.shortcuts { Shortcuts::find(&stored.spec()?, pid) } else { Shortcuts::default() };
         let used = [options.image_path.as_path(), options.work_path(), stored.rootfs()];
-        let (mut session, filter) =
-            hiding::start(options.hidden.as_ref(), |setup| scratch::start(program, setup, &used))?;
+        let (mut session, filter) = hiding::start(options.hidden.as_ref(), |mut setup| {
+            if !shortcuts.is_empty() {
+                setup.without_breakpoints();
+            }
+            let start = || scratch::start(program, setup, &used);
+            if shortcuts.network { netns::run_in_that_of(pid, start)? } else { start() }
+        })?;
         if options.pre_dump && !session.features()?.memory_tracking {
             return Err(CheckpointError::PreDumpUnsupported);
         }
-        let request = request(stored, pid, options)?;
+        let request = request(stored, pid, options, &shortcuts)?;
         if !options.pre_dump {
             descriptors::write(&options.image_path, &descriptors::of_process(pid)?)?;
         }
         session.send(request)?;
         match session.next_message()? {
             Message::Notification(notification) if notification.script == Script::PreDump => {
-                Ok(Self { session, filter })
+                let (program, stored) = (program.clone(), stored.clone());
+                Ok(Self { session, filter, shortcuts, pid, program, stored, options: options.clone() })
             }
             other => Err(CriuError::Protocol {
                 phase: godwit_criu::Phase::Dump,
@@ -194,7 +214,19 @@ impl Dump {
     ///
     /// # Errors
     /// What CRIU says. The tasks then run as before.
-    pub fn run(mut self, decide: impl FnOnce() -> Decision) -> Result<Outcome> {
+    pub fn run(self, decide: impl FnOnce() -> Decision) -> Result<Outcome> {
+        if self.shortcuts.seal(self.pid, &self.options.image_path)? {
+            return self.go_on(decide);
+        }
+        log::info!("the container has changed since its dump was prepared: criu is started again");
+        let Self { session, filter, program, stored, options, .. } = self;
+        drop(session);
+        drop(filter);
+        let options = CheckpointOptions { shortcuts: false, ..options };
+        Self::prepare(&program, &stored, &options)?.go_on(decide)
+    }
+
+    fn go_on(mut self, decide: impl FnOnce() -> Decision) -> Result<Outcome> {
         let mut decide = Some(decide);
         self.session.answer(true)?;
         loop {
@@ -242,7 +274,7 @@ pub fn checkpoint(stored: &mut Stored, options: &CheckpointOptions) -> Result<()
     Ok(())
 }
 
-fn request(stored: &Stored, pid: i32, options: &CheckpointOptions) -> Result<Request> {
+fn request(stored: &Stored, pid: i32, options: &CheckpointOptions, shortcuts: &Shortcuts) -> Result<Request> {
     let spec = stored.spec()?;
     let rootfs = path_text(stored.rootfs())?;
     let mut criu = Options::new(&options.image_path, options.work_path(), LOG_NAME)?
@@ -258,7 +290,7 @@ fn request(stored: &Stored, pid: i32, options: &CheckpointOptions) -> Result<Req
         .auto_dedup(options.auto_dedup)
         .terse_log(options.terse_log)
         .cgroups_mode(options.cgroups_mode)
-        .empty_namespaces(external::EMPTY_NAMESPACES)
+        .empty_namespaces(if shortcuts.network { 0 } else { external::EMPTY_NAMESPACES })
         .orphan_pts_master(true);
     if let Some(parent) = &options.parent_path {
         criu = criu.parent_images(path_text(parent)?).track_memory(true);
@@ -279,6 +311,9 @@ fn request(stored: &Stored, pid: i32, options: &CheckpointOptions) -> Result<Req
     }
     for (key, value) in external::dumped_mounts(&spec, stored.rootfs(), pid)? {
         criu = criu.external_mount(&key, &value);
+    }
+    for tmpfs in &shortcuts.tmpfs {
+        criu = criu.external_mount(path_text(&tmpfs.point)?, &tmpfs.key);
     }
     Ok(Request::Dump(criu))
 }

@@ -42,9 +42,11 @@ use libcontainer::config::YoukiConfig;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::hooks::run_hooks;
 use libcontainer::oci_spec::runtime::{Hook, LinuxNamespaceType, Spec};
+use nix::mount::{MntFlags, umount2};
 
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::external::{self, EMPTY_NAMESPACES};
+use crate::checkpoint::shortcuts::Shortcuts;
 use crate::checkpoint::{CgroupsMode, Decision, descriptors, make_directory, path_text, scratch};
 use crate::error::{ContainerError, causes};
 use crate::state::{Store, Stored, read_json};
@@ -166,6 +168,7 @@ struct Plan {
     rootfs: PathBuf,
     spec: Spec,
     descriptors: Vec<String>,
+    shortcuts: Shortcuts,
     work_path: PathBuf,
     options: RestoreOptions,
 }
@@ -185,7 +188,18 @@ impl Plan {
         let work_path = absolute(options.work_path.as_deref().unwrap_or(&options.image_path))?;
         let descriptors = descriptors::read(&options.image_path)?;
         page_images::check_complete(&options.image_path)?;
-        Ok(Self { id: id.to_owned(), directory, bundle, rootfs, spec, descriptors, work_path, options })
+        let shortcuts = Shortcuts::read(&options.image_path)?;
+        Ok(Self {
+            id: id.to_owned(),
+            directory,
+            bundle,
+            rootfs,
+            spec,
+            descriptors,
+            shortcuts,
+            work_path,
+            options,
+        })
     }
 
     /// Takes the id, and writes what a forced `delete` needs to find the cgroup.
@@ -215,9 +229,17 @@ impl Plan {
         let inherited = self.inherit(&mut setup)?;
         let program = Program::find()?;
         scratch::cover(&self.used())?;
-        let mut session = Session::start(&program, setup)?;
+        let outside = self.make_tmpfs()?;
+        if !self.shortcuts.is_empty() {
+            setup.without_breakpoints();
+        }
+        let mut session = if self.shortcuts.network {
+            netns::run_in_new(|| Session::start(&program, setup))??
+        } else {
+            Session::start(&program, setup)?
+        };
         let cgroups = cgroups::join(&self.spec, &container, &self.directory, session.pid())?;
-        let request = self.request(root.path(), inherited, &cgroups)?;
+        let request = self.request(root.path(), inherited, &cgroups, &outside)?;
         session.send(Request::Restore(request))?;
         let mut conversation = Conversation {
             plan: self,
@@ -271,6 +293,19 @@ impl Plan {
         Ok(container)
     }
 
+    /// Makes the file systems in memory that CRIU did not dump.
+    fn make_tmpfs(&self) -> Result<Outside> {
+        let mut outside = Outside { directories: Vec::new(), mounts: Vec::new() };
+        for (index, tmpfs) in self.shortcuts.tmpfs.iter().enumerate() {
+            let path = self.directory.join(format!("tmpfs-{index}"));
+            fs::create_dir(&path).map_err(CheckpointError::file(&path))?;
+            outside.directories.push(path.clone());
+            tmpfs.make(&path)?;
+            outside.mounts.push((tmpfs.key.clone(), path_text(&path)?.to_owned()));
+        }
+        Ok(outside)
+    }
+
     /// Hands over pipes and namespaces; key and CRIU's number of each.
     fn inherit(&self, setup: &mut Setup) -> Result<Vec<(String, i32)>> {
         let mut inherited = Vec::new();
@@ -298,6 +333,7 @@ impl Plan {
         root: &Path,
         inherited: Vec<(String, i32)>,
         cgroups: &cgroups::Joined,
+        tmpfs: &Outside,
     ) -> Result<Options> {
         let options = &self.options;
         let mut criu = Options::new(&options.image_path, &self.work_path, LOG_NAME)?
@@ -305,7 +341,7 @@ impl Plan {
             .restore_sibling(true)
             .evasive_devices(true)
             .orphan_pts_master(true)
-            .empty_namespaces(EMPTY_NAMESPACES)
+            .empty_namespaces(if self.shortcuts.network { 0 } else { EMPTY_NAMESPACES })
             .tcp_established(true)
             .tcp_close(options.tcp_close)
             .external_unix_sockets(true)
@@ -333,6 +369,9 @@ impl Plan {
             criu = criu.external_mount(&key, &source);
         }
         for (key, source) in &cgroups.mounts {
+            criu = criu.external_mount(key, source);
+        }
+        for (key, source) in &tmpfs.mounts {
             criu = criu.external_mount(key, source);
         }
         for (controller, path) in &cgroups.roots {
@@ -472,6 +511,27 @@ impl Drop for Root {
         // Never recursively: should the unmount have failed, that would empty the root file system.
         if let Err(error) = fs::remove_dir(&self.path) {
             log::warn!("remove {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// File systems that CRIU binds to their places. The mounts go with the private mount namespace, their directories
+/// here.
+#[derive(Debug)]
+struct Outside {
+    directories: Vec<PathBuf>,
+    /// Key and path.
+    mounts: Vec<(String, String)>,
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        for path in &self.directories {
+            umount2(path, MntFlags::MNT_DETACH).ok();
+            // Never recursively, as with the root.
+            if let Err(error) = fs::remove_dir(path) {
+                log::warn!("remove {}: {error}", path.display());
+            }
         }
     }
 }

@@ -42,6 +42,7 @@ pub struct Setup {
     stdin: Option<OwnedFd>,
     directory: Option<PathBuf>,
     adjust: Option<Adjust>,
+    without_breakpoints: bool,
 }
 
 /// See [`Setup::adjust`].
@@ -49,9 +50,13 @@ type Adjust = Box<dyn FnOnce(&mut Command) -> std::result::Result<(), HookError>
 
 impl std::fmt::Debug for Setup {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { fds, stdin, directory, adjust: _ } = self;
+        let Self { fds, stdin, directory, adjust: _, without_breakpoints } = self;
         let mut text = formatter.debug_struct("Setup");
-        text.field("fds", fds).field("stdin", stdin).field("directory", directory).finish_non_exhaustive()
+        text.field("fds", fds)
+            .field("stdin", stdin)
+            .field("directory", directory)
+            .field("without_breakpoints", without_breakpoints)
+            .finish_non_exhaustive()
     }
 }
 
@@ -80,6 +85,12 @@ impl Setup {
         adjust: impl FnOnce(&mut Command) -> std::result::Result<(), HookError> + 'static,
     ) {
         self.adjust = Some(Box::new(adjust));
+    }
+
+    /// Has CRIU follow a task's system calls to where it shall stop, instead of setting a breakpoint of the processor
+    /// there: the kernel takes some 10 ms for each of those. It is what CRIU does where there are none.
+    pub fn without_breakpoints(&mut self) {
+        self.without_breakpoints = true;
     }
 
     /// Where CRIU leaves what it writes to no directory of its request (core dumps).
@@ -162,6 +173,10 @@ impl Session {
         }
         if let Some(directory) = setup.directory {
             command.current_dir(directory);
+        }
+        if setup.without_breakpoints {
+            // Of the switches for CRIU's own tests, one of those that only choose another way.
+            command.env("CRIU_FAULT", FAULT_NO_BREAKPOINTS);
         }
         if let Some(adjust) = setup.adjust {
             let script = "spawn".to_owned();
@@ -480,6 +495,8 @@ fn kind(request: Criu_req_type) -> Option<EnumOrUnknown<Criu_req_type>> {
     Some(EnumOrUnknown::new(request))
 }
 
+/// `FI_NO_BREAKPOINTS` in CRIU's `criu/include/fault-injection.h`.
+const FAULT_NO_BREAKPOINTS: &str = "130";
 /// CRIU's own limit for a message is 1 MiB on its side; its answers are a few hundred bytes.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024;
 /// Time for CRIU to take its hands off the tasks once nobody talks to it any more.

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use crate::{Result, SysError};
@@ -18,13 +18,38 @@ use crate::{Result, SysError};
 /// # Errors
 /// [`SysError::File`] when the process is gone, [`SysError::Call`] otherwise.
 pub fn bring_loopback_up(pid: i32) -> Result<()> {
-    let open = |path: &str| File::open(path).map_err(SysError::file(Path::new(path)));
-    let own = open("/proc/thread-self/ns/net")?;
+    run_in_that_of(pid, switch_on)?
+}
+
+/// Runs `action` in the network namespace of the process `pid`: what it spawns and every socket it makes belongs to
+/// that. The calling thread is back in its own afterwards.
+///
+/// # Errors
+/// [`SysError::File`] when the process is gone, [`SysError::Call`] otherwise.
+pub fn run_in_that_of<T>(pid: i32, action: impl FnOnce() -> T) -> Result<T> {
     let theirs = open(&format!("/proc/{pid}/ns/net"))?;
-    setns(&theirs, CloneFlags::CLONE_NEWNET).map_err(SysError::call("setns(net)"))?;
-    let answer = switch_on();
+    let enter = || setns(&theirs, CloneFlags::CLONE_NEWNET).map_err(SysError::call("setns(net)"));
+    run_after(enter, action)
+}
+
+/// As [`run_in_that_of`], in a new network namespace. It lasts as long as something that `action` spawned or made.
+///
+/// # Errors
+/// [`SysError::Call`], mostly `EPERM` without CAP_SYS_ADMIN.
+pub fn run_in_new<T>(action: impl FnOnce() -> T) -> Result<T> {
+    run_after(|| unshare(CloneFlags::CLONE_NEWNET).map_err(SysError::call("unshare(net)")), action)
+}
+
+fn run_after<T>(enter: impl FnOnce() -> Result<()>, action: impl FnOnce() -> T) -> Result<T> {
+    let own = open("/proc/thread-self/ns/net")?;
+    enter()?;
+    let answer = action();
     setns(&own, CloneFlags::CLONE_NEWNET).map_err(SysError::call("setns(own net)"))?;
-    answer
+    Ok(answer)
+}
+
+fn open(path: &str) -> Result<File> {
+    File::open(path).map_err(SysError::file(Path::new(path)))
 }
 
 fn switch_on() -> Result<()> {

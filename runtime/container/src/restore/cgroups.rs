@@ -139,6 +139,7 @@ mod tests {
             point: point.into(),
             kind: kind.to_owned(),
             options: options.to_owned(),
+            ..Mount::default()
         }
     }
 

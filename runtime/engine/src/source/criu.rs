@@ -71,6 +71,7 @@ impl Checkpointer for CriuCheckpointer {
             tcp_established: true,
             external_unix_sockets: true,
             file_locks: true,
+            shortcuts: true,
             hidden: hidden.cloned(),
             ..CheckpointOptions::new(images)
         };
