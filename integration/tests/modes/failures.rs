@@ -109,9 +109,9 @@ fn source_worker_killed_while_pages_are_missing_ends_the_container_and_says_so(s
 fn is_ended_in_postcopy(stage: &Stage, disturb: impl Fn(&str) -> Outcome) -> Outcome {
     let (container, before, _) = big(stage)?;
     let there = Container::adopt(&stage.b, container.id());
-    let slow = Shaped::link(stage, SLOW)?;
+    let slow = Shaped::link(stage, SLOWER)?;
     let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Postcopy, &[])?;
-    await_phase(&mut job, "it runs on the target", || has_run(BIG, &there))?;
+    await_resumed(&mut job, BIG, &there)?;
     disturb(container.id())?;
     let answer = Answer::read(job.wait()?)?;
     drop(slow);
@@ -133,7 +133,7 @@ fn target_worker_killed_while_filling_loses_no_page_unnoticed(stage: &Stage) -> 
     let before = storm.counts(&container)?;
     let there = Container::adopt(&stage.b, container.id());
     let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Native, &[])?;
-    await_phase(&mut job, "it runs on the target", || has_run(storm, &there))?;
+    await_resumed(&mut job, storm, &there)?;
     let killed = kill(&stage.b, &["godwit", "migrate-target", container.id()]).is_ok();
     let answer = answer(job)?;
     if answer.code == 0 && there.state()? == Some(Status::Running) {
@@ -145,13 +145,16 @@ fn target_worker_killed_while_filling_loses_no_page_unnoticed(stage: &Stage) -> 
     Ok(())
 }
 
-/// Tells whether a container that was moved goes on just now. containerd has its task as running from the moment when
-/// it is restored, which is before it resumes.
-fn has_run(storm: Storm, container: &Container<'_>) -> bool {
-    let counts = || storm.counts(container).ok();
-    let Some(before) = counts() else { return false };
-    std::thread::sleep(Duration::from_millis(15));
-    counts().is_some_and(|now| now.steps() > before.steps())
+/// Waits until a container goes on at the target: until its counts are no longer what they were when it came. containerd
+/// has its task as running from the moment when it is restored, which is before it resumes.
+fn await_resumed(job: &mut Job, storm: Storm, there: &Container<'_>) -> Outcome {
+    let steps = || storm.counts(there).ok().map(|counts| counts.steps());
+    let mut first = None;
+    await_phase(job, "it goes on at the target", || {
+        let now = steps();
+        first = first.or(now);
+        now > first
+    })
 }
 
 /// Waits until a container has ended, and claims that it never found a page that was not what it had written.
@@ -175,7 +178,7 @@ fn big(stage: &Stage) -> Result<(Container<'_>, Counts, u32), Trouble> {
 }
 
 /// Waits without rest until a migration is in a phase; it may not be for long.
-fn await_phase(job: &mut Job, what: &str, is_so: impl Fn() -> bool) -> Outcome {
+fn await_phase(job: &mut Job, what: &str, mut is_so: impl FnMut() -> bool) -> Outcome {
     let deadline = Instant::now() + PATIENCE;
     while !is_so() {
         if !job.is_running() || Instant::now() > deadline {
@@ -261,3 +264,5 @@ const LINK: &str = "eth0";
 const BIG: Storm = Storm { kind: "single", pages: 8192, count: 1, reports: 1 };
 /// 32 MiB take almost three seconds.
 const SLOW: &str = "100mbit";
+/// They take ten: a program that waits for each page it needs comes to its first report long before that.
+const SLOWER: &str = "25mbit";
