@@ -241,8 +241,7 @@ mod tests {
         assert_eq!(record.decide(Decision::Filling).unwrap(), Decision::Filling);
         assert_eq!(ask(&record), (FateAnswer::Filling, false));
         drop(alive);
-        let failed = record.ask(|| Err(DecisionError::Damaged { path: PathBuf::new() }));
-        assert!(failed.is_err());
+        record.ask(|| Err(DecisionError::Damaged { path: PathBuf::new() })).unwrap_err();
         assert_eq!(record.decision().unwrap(), Decision::Filling);
         assert_eq!(ask(&record), (FateAnswer::Lost, true));
         assert_eq!(ask(&record), (FateAnswer::Lost, false));

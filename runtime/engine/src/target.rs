@@ -271,13 +271,7 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
             Action::SendReceived => self.say(&Message::Received),
             Action::Restore => self.restore(),
             Action::SendRestored => self.say(&Message::Restored),
-            Action::Record(decision) => {
-                let event = match self.record.decide(decision) {
-                    Ok(decision) => Event::Recorded(decision),
-                    Err(error) => Event::Failed { cause: causes(&error) },
-                };
-                self.tell(event);
-            }
+            Action::Record(decision) => self.tell(self.recorded(decision)),
             Action::Resume => {
                 // All memory is registered by now: what is here may be put in place before the tasks ask for it.
                 if let Some(memory) = &self.memory {
@@ -309,6 +303,21 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
                 );
                 (self.report)(&worker::Event::Failed { failure });
             }
+        }
+    }
+
+    /// Takes a step of the record. The last one is tried again, for without it a container that has all of its memory
+    /// would be taken for one that lacks some, and be ended.
+    fn recorded(&self, decision: Decision) -> Event {
+        let mut tries = if decision == Decision::Resumed { LAST_STEP_TRIES } else { 1 };
+        loop {
+            tries -= 1;
+            match self.record.decide(decision) {
+                Ok(decision) => return Event::Recorded(decision),
+                Err(error) if tries == 0 => return Event::Failed { cause: causes(&error) },
+                Err(error) => log::warn!("{}", causes(&error)),
+            }
+            thread::sleep(LAST_STEP_PAUSE);
         }
     }
 
@@ -408,6 +417,10 @@ fn next(events: &Receiver<Event>, limit: Option<Duration>) -> Event {
 
 /// Memory for images that hold no pages: memory maps, descriptors, mounts, content of tmpfs mounts.
 const STATE_BYTES_MAX: u64 = 512 << 20;
+
+/// How often the last step of the record is tried, and how long after one another.
+const LAST_STEP_TRIES: u32 = 10;
+const LAST_STEP_PAUSE: Duration = Duration::from_millis(100);
 
 /// Time for the source to read the last word and close its end.
 const LEAVE_MAX: Duration = Duration::from_secs(2);
