@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use clap::{Parser, Subcommand};
+use godwit_integration::workload::hold::{self, Content, Pace};
 use godwit_integration::workload::peer::{self, Manner};
 use godwit_integration::workload::storm::{self, Kind, Size};
 use godwit_integration::workload::{program, visit};
@@ -39,6 +40,30 @@ enum Verb {
     },
     /// Asks the one that is process 1 to check every page, and prints what it found.
     Ask,
+    /// Holds memory of a given content, writes to it at a given pace, and ticks: what benchmarks move.
+    Hold {
+        /// How much.
+        #[arg(long, default_value_t = 64)]
+        megabytes: usize,
+        /// What is in it.
+        #[arg(long, default_value = "byte")]
+        content: Content,
+        /// Pages to write a second, chosen at random.
+        #[arg(long, default_value_t = 0)]
+        rate: u64,
+        /// Write without rest, one page after so many turns of a calculation.
+        #[arg(long, conflicts_with = "rate")]
+        busy: Option<u64>,
+    },
+    /// Ticks beside another program.
+    Beside {
+        /// Read nothing of what the program writes, and let it write no more than so many bytes.
+        #[arg(long)]
+        room: Option<usize>,
+        /// The program and its arguments.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
     /// Treats memory in one way, checks it, and writes what it finds into a file for each writer.
     Storm {
         /// The way.
@@ -113,6 +138,11 @@ fn main() -> ExitCode {
     let result = match Cli::parse().verb {
         Verb::Pages { processes, threads, pages } => program::run(processes, threads, pages),
         Verb::Ask => program::ask().map(|line| print!("{line}")),
+        Verb::Hold { megabytes, content, rate, busy } => {
+            let pace = busy.map_or(if rate == 0 { Pace::Idle } else { Pace::Rate(rate) }, Pace::Busy);
+            hold::run(megabytes, content, pace)
+        }
+        Verb::Beside { room, command } => hold::beside(&command, room),
         Verb::Storm { kind, pages, count } => storm::run(kind, Size { pages, count }),
         Verb::Visit { server, content, connections } => {
             visit::run(&server, connections, &format!("{content}\n"))

@@ -93,6 +93,7 @@ pub fn by_name(name: &str) -> Result<Image> {
     match name {
         "busybox" => Image::busybox(),
         "memhog" => Image::of_program("memhog", &program("memhog", "numactl")?),
+        "bench" => bench(),
         "redis" => redis(),
         "python3" => python3(),
         "nginx" => Image::with("nginx", nginx_files()?, words(&NGINX)),
@@ -101,9 +102,17 @@ pub fn by_name(name: &str) -> Result<Image> {
         _ => Err(BedError::Invalid {
             what: "image",
             value: name.to_owned(),
-            expected: "one of busybox, memhog, redis, python3, nginx, visited, postgres, or the path of an archive",
+            expected: "one of busybox, memhog, bench, redis, python3, nginx, visited, postgres, or the path of an archive",
         }),
     }
+}
+
+/// memhog and this build's `workload`, which ticks beside it.
+fn bench() -> Result<Image> {
+    let mut files = Files::default();
+    files.add_program(&program("memhog", "numactl")?, Path::new("/usr/bin/memhog"))?;
+    files.add_program(&tools::built()?.join("workload"), Path::new("/usr/bin/workload"))?;
+    Image::with("bench", files, words(&["workload"]))
 }
 
 /// redis-server on port 6379 of every address, keeping nothing on disk; redis-cli and redis-benchmark beside it.

@@ -6,8 +6,10 @@
 //! taken back to an earlier version is found, whether it was rewritten since or not.
 //!
 //! The binary `workload` runs it; it also holds things that a checkpoint must ask for by name, a file lock and
-//! a TCP connection, and plays peers that do not keep to the migration protocol ([`peer`]). Programs that treat memory in every other way are in [`storm`]; [`visit`] is a client.
+//! a TCP connection, plays peers that do not keep to the migration protocol ([`peer`]), and is the memory that
+//! benchmarks move ([`hold`]). Programs that treat memory in every other way are in [`storm`]; [`visit`] is a client.
 
+pub mod hold;
 pub mod memory;
 pub mod page;
 pub mod peer;
