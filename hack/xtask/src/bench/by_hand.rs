@@ -202,7 +202,9 @@ ctr image mount --rw "$image" $dir/rootfs >/dev/null
 cd $dir
 rm -f config.json
 runc spec
-jq '.process.terminal = false | .root.readonly = false | .process.args = $ARGS.positional' config.json --args "$@" >new
+words=$(printf '%s\n' "$@" | jq --raw-input . | jq --slurp .)
+jq --argjson words "$words" '.process.terminal = false | .root.readonly = false | .process.args = $words' \
+    config.json >new
 mv new config.json
 "#;
 

@@ -172,7 +172,10 @@ impl Contender {
                 "outcome": "migrated", "observed_downtime_ms": downtime_ms, "total_ms": total_ms, "fill_ms": fill_ms,
                 "pages_written_in_first_second": first_second,
             }),
-            Err(error) => json!({"outcome": format!("failed: {error}")}),
+            Err(error) => {
+                let error = error.to_string();
+                json!({"outcome": format!("failed: {}", error.lines().last().unwrap_or_default())})
+            }
         })
     }
 }

@@ -199,7 +199,7 @@ impl Running<'_> {
     pub(super) fn await_ticks(&self) -> Result<()> {
         let size = || fs::metadata(&self.output).map_or(0, |data| data.len());
         let begin = size();
-        if wait_until(Duration::from_secs(60), || size() > begin + 40) {
+        if wait_until(Duration::from_secs(180), || size() > begin + 40) {
             return Ok(());
         }
         Err(format!("container {} does not tick any more", self.id).into())
