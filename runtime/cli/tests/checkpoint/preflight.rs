@@ -37,6 +37,25 @@ fn a_plain_container_has_no_blocker_and_a_visitor_is_only_mentioned() {
 }
 
 #[test]
+fn a_stopped_process_is_named_where_the_freezer_would_hold_it_for_ever() {
+    Bed::with(&[Godwit], |bed| {
+        bed.bundle("one", |_| {});
+        let one = bed.start(Godwit, "one");
+        one.assert_counting();
+        bed.ok(Godwit, &["kill", "one", "STOP"]);
+        let expected = usize::from(!godwit_container::cgroup::is_unified().unwrap());
+        eventually("the stopped process is seen", || {
+            let found = look(bed, "one");
+            found.iter().filter(|blocker| matches!(blocker, Blocker::Stopped { .. })).count() == expected
+        });
+        bed.ok(Godwit, &["kill", "one", "CONT"]);
+        eventually("it goes on", || look(bed, "one").is_empty());
+        bed.ok(Godwit, &["kill", "--all", "one", "KILL"]);
+        one.reap();
+    });
+}
+
+#[test]
 fn a_host_file_as_output_is_named_with_its_path() {
     Bed::with(&[Godwit], |bed| {
         bed.bundle("one", |_| {});

@@ -79,6 +79,11 @@ pub enum Blocker {
         /// `pid` or `user`.
         namespace: &'static str,
     },
+    /// A process that is stopped, where cgroups are of version 1: CRIU waits for it for ever once it is frozen.
+    Stopped {
+        /// The process.
+        pid: i32,
+    },
     /// A process that entered by `exec`: it is not part of init's tree and ends with it.
     Visitor {
         /// The process.
@@ -132,6 +137,11 @@ impl fmt::Display for Blocker {
                 "process {pid} is in a {namespace} namespace inside the container's, which cannot be saved; \
                  stop what made it (a container in the container, a sandbox)"
             ),
+            Self::Stopped { pid } => write!(
+                out,
+                "process {pid} is stopped, and criu waits for ever for such a process under the freezer of cgroup \
+                 version 1; let it go on (kill -CONT {pid}) or end it first"
+            ),
             Self::Visitor { pid, name } => {
                 write!(out, "process {pid} ({name}) came by exec and would not come along; let it end first")
             }
@@ -152,6 +162,7 @@ pub fn blockers(stored: &Stored, criu: Version) -> Result<Vec<Blocker>> {
         limits_hidden: !machine::has_sys_resource(),
         ip_trouble: machine::tcp_trouble(criu),
         own_user_namespace: namespace("self", "user"),
+        stopped_hang: !cgroup::is_unified()?,
     };
     let mut found = Vec::new();
     for pid in pids {
@@ -173,6 +184,7 @@ struct Context {
     limits_hidden: bool,
     ip_trouble: Option<String>,
     own_user_namespace: Option<PathBuf>,
+    stopped_hang: bool,
 }
 
 impl Context {
@@ -190,6 +202,9 @@ impl Context {
             && let Some(uid) = foreign_user(pid)
         {
             found.push(Blocker::OtherUser { pid, uid });
+        }
+        if self.stopped_hang && is_stopped(pid) {
+            found.push(Blocker::Stopped { pid });
         }
         self.look_at_files(pid, found);
     }
@@ -227,6 +242,13 @@ impl Context {
             }
         }
     }
+}
+
+/// Whether a signal or a tracer holds the process.
+fn is_stopped(pid: i32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let state = status.lines().find_map(|line| line.strip_prefix("State:"));
+    state.is_some_and(|state| state.trim_start().starts_with(['T', 't']))
 }
 
 /// Inodes of the sockets in a process's network namespace, as text.
