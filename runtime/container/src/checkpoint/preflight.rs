@@ -380,6 +380,7 @@ mod tests {
             limits_hidden: false,
             ip_trouble: Some("old".to_owned()),
             own_user_namespace: None,
+            stopped_hang: true,
         };
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let mut found = Vec::new();
