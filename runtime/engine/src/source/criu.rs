@@ -71,7 +71,8 @@ impl Checkpointer for CriuCheckpointer {
             tcp_established: true,
             external_unix_sockets: true,
             file_locks: true,
-            shortcuts: true,
+            // Not before it is known why an exec found no root after a move whose agent had been killed.
+            shortcuts: false,
             hidden: hidden.cloned(),
             ..CheckpointOptions::new(images)
         };
