@@ -213,6 +213,10 @@ impl Context {
         let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return };
         let mounts: HashSet<u64> =
             mountinfo::read(&pid.to_string()).unwrap_or_default().iter().map(|mount| mount.id).collect();
+        if mounts.is_empty() {
+            // It has ended meanwhile, and its files are nobody's.
+            return;
+        }
         let sockets = Sockets::of(pid);
         for entry in entries.filter_map(std::result::Result::ok) {
             let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
