@@ -43,6 +43,13 @@ pub trait DirtyTracker {
     /// # Errors
     /// As [`DirtyTracker::arm`]. A failed collection loses what it had found: start over with a new tracker.
     fn collect(&mut self, processes: &[i32]) -> Result<Collection>;
+
+    /// The last collection, with every process frozen. What is new is not armed, for a frozen process cannot be, and
+    /// would be waited for in vain: it is reported whole.
+    ///
+    /// # Errors
+    /// As [`DirtyTracker::collect`].
+    fn collect_frozen(&mut self, processes: &[i32]) -> Result<Collection>;
 }
 
 /// All that processes have, for whom nothing follows them; they should stand still.

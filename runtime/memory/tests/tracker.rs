@@ -71,8 +71,8 @@ trait World {
     fn read(&mut self, pid: i32, pages: &PageSet) -> Vec<(u64, Option<u64>)>;
     /// The pages that are there and not known to be zero.
     fn present(&mut self, pid: i32) -> PageSet;
-    /// One collection.
-    fn collect(&mut self) -> Collection;
+    /// One collection; a `frozen` one is the last.
+    fn collect(&mut self, frozen: bool) -> Collection;
 }
 
 /// What a receiver holds: a digest per page; 0 stands for zeros.
@@ -82,8 +82,8 @@ struct Receiver {
 }
 
 impl Receiver {
-    fn receive(&mut self, world: &mut impl World) -> Collection {
-        let collection = world.collect();
+    fn receive(&mut self, world: &mut impl World, frozen: bool) -> Collection {
+        let collection = world.collect(frozen);
         for pid in &collection.gone {
             self.pages.retain(|(owner, _), _| owner != pid);
         }
@@ -168,7 +168,12 @@ fn conformance<W: World>(mut make: impl FnMut() -> W, seeds: std::ops::Range<u64
             for _ in 0..random.below(16) {
                 world.act(random.action());
             }
-            receiver.receive(&mut world);
+            let is_last = round == 11;
+            let collection = receiver.receive(&mut world, is_last);
+            if is_last {
+                // A process that is frozen cannot be armed, and nobody may wait for it.
+                assert!(collection.armed.stopped.is_empty() && collection.armed.untracked.is_empty());
+            }
             receiver.assert_equals(&mut world, &format!("seed {seed}, round {round}"));
         }
     }
@@ -180,15 +185,15 @@ fn writes_are_reported_once(world: &mut impl World) {
         world.act(Action::Write { map: 0, page, value: page + 1 });
     }
     let mut receiver = Receiver::default();
-    receiver.receive(world);
+    receiver.receive(world, false);
     // The process itself needs a few pages to do what it is told.
-    let quiet = receiver.receive(world);
+    let quiet = receiver.receive(world, false);
     let reported: u64 = quiet.deltas.iter().map(|delta| delta.dirty.pages() + delta.untracked_pages).sum();
     assert!(reported < 32, "{reported} pages in a quiet round");
     for page in [3, 4, 40] {
         world.act(Action::Write { map: 0, page, value: 1000 + page });
     }
-    let busy = receiver.receive(world);
+    let busy = receiver.receive(world, false);
     let reported: u64 = busy.deltas.iter().map(|delta| delta.dirty.pages()).sum();
     assert!((3..35).contains(&reported), "{reported} pages after three writes");
     receiver.assert_equals(world, "three writes");
@@ -233,9 +238,9 @@ fn a_process_stops_only_to_be_injected_and_a_scan_is_short() {
     for page in 0..pages {
         world.act(Action::Write { map: 0, page, value: 1 });
     }
-    let first = world.collect();
+    let first = world.collect(false);
     assert_eq!(first.armed.stopped.len(), 1);
-    let second = world.collect();
+    let second = world.collect(false);
     assert!(second.armed.stopped.is_empty(), "stopped once");
     println!(
         "stop {:?}, first scan {:?}, second scan {:?} for 64 MiB",

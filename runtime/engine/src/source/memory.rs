@@ -10,7 +10,6 @@
 //! events. Everything that CRIU restores lazily is ours to move; the rest travels in its images.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -201,7 +200,7 @@ impl Follower {
         for order in orders {
             let done = match order {
                 Order::Open => self.open(&tell),
-                Order::Scan => self.scan().map(|pages| tell(Told::Event(Event::Scanned { pages }))),
+                Order::Scan => self.scan(false).map(|pages| tell(Told::Event(Event::Scanned { pages }))),
                 Order::SendRound { round } => {
                     self.send_round(round).map(|sent| tell(Told::Event(Event::RoundSent(sent))))
                 }
@@ -243,9 +242,10 @@ impl Follower {
     }
 
     /// Returns how many pages have contents to be sent.
-    fn scan(&mut self) -> Result<u64, Cause> {
+    fn scan(&mut self, frozen: bool) -> Result<u64, Cause> {
         let processes = self.tasks.processes()?;
         let collection = match &mut self.tracker {
+            Some(tracker) if frozen => tracker.collect_frozen(&processes)?,
             Some(tracker) => tracker.collect(&processes)?,
             None => tracker::everything(&processes)?,
         };
@@ -260,7 +260,7 @@ impl Follower {
         }
         for delta in &collection.deltas {
             // One that ended since has no memory left, and is missing from the next collection.
-            if let Some(space) = space_of(delta.pid) {
+            if let Ok(space) = maps::space(delta.pid) {
                 self.pending.note(space, delta, stored.get(&space));
             }
         }
@@ -281,10 +281,10 @@ impl Follower {
     }
 
     fn cut(&mut self, leave_pages: bool, link: &BulkLink, hidden: &Sender<()>) -> Result<(), Cause> {
-        self.scan()?;
+        self.scan(true)?;
         let mut lazy = BTreeMap::new();
         for pid in self.tasks.processes()? {
-            let Some(space) = space_of(pid) else { continue };
+            let Ok(space) = maps::space(pid) else { continue };
             let pages = maps::lazy(pid)?;
             self.hidden.set(pid, pages.clone());
             lazy.insert(space, pages);
@@ -357,13 +357,6 @@ fn runs_of(pages: &PageSet) -> Vec<Run> {
     pieces
         .map(|range| Run { start: range.start(), pages: u32::try_from(range.pages()).unwrap_or(u32::MAX) })
         .collect()
-}
-
-/// The name of a process's address space: its id in the innermost pid namespace, which is the container's.
-fn space_of(pid: i32) -> Option<i32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
-    ids.split_ascii_whitespace().next_back()?.parse().ok()
 }
 
 /// A broken stream is a broken link: the target may have said more about it on the main one.

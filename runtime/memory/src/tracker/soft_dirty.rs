@@ -111,6 +111,10 @@ impl<K: SoftDirtyKernel> DirtyTracker for SoftDirtyTracker<K> {
         Ok(Armed::default())
     }
 
+    fn collect_frozen(&mut self, processes: &[i32]) -> Result<Collection> {
+        self.collect(processes)
+    }
+
     fn collect(&mut self, processes: &[i32]) -> Result<Collection> {
         let mut collection = Collection::default();
         let mut before = std::mem::take(&mut self.spaces);

@@ -58,8 +58,8 @@ impl WpAsyncTracker {
         Ok(Self { stop_limit, spaces: BTreeMap::new(), buffer: vec![Region::default(); REGIONS] })
     }
 
-    /// Makes sure that `pid` is followed, if it can be; false when it has ended.
-    fn attend(&mut self, pid: i32, armed: &mut Armed) -> Result<bool> {
+    /// Makes sure that `pid` is followed, if it can be and is not `frozen`; false when it has ended.
+    fn attend(&mut self, pid: i32, frozen: bool, armed: &mut Armed) -> Result<bool> {
         if let Some(space) = self.spaces.get(&pid)
             && space.process.wait_exit(Duration::ZERO)?
         {
@@ -84,6 +84,9 @@ impl WpAsyncTracker {
             return Ok(true);
         }
         space.faults = None;
+        if frozen {
+            return Ok(true);
+        }
         match inject::userfaultfd(pid, self.stop_limit) {
             Ok(injected) => {
                 armed.stopped.push((pid, injected.stopped));
@@ -123,7 +126,7 @@ impl DirtyTracker for WpAsyncTracker {
     fn arm(&mut self, processes: &[i32]) -> Result<Armed> {
         let mut armed = Armed::default();
         for pid in processes {
-            if self.attend(*pid, &mut armed)?
+            if self.attend(*pid, false, &mut armed)?
                 && let Some(faults) = self.spaces.get(pid).and_then(|space| space.faults.as_ref())
             {
                 // What fails here is reported whole by the first collection and tried again there.
@@ -138,10 +141,20 @@ impl DirtyTracker for WpAsyncTracker {
     }
 
     fn collect(&mut self, processes: &[i32]) -> Result<Collection> {
+        self.collect_all(processes, false)
+    }
+
+    fn collect_frozen(&mut self, processes: &[i32]) -> Result<Collection> {
+        self.collect_all(processes, true)
+    }
+}
+
+impl WpAsyncTracker {
+    fn collect_all(&mut self, processes: &[i32], frozen: bool) -> Result<Collection> {
         let mut collection = Collection::default();
         let known: Vec<i32> = self.spaces.keys().copied().collect();
         for pid in processes {
-            if self.attend(*pid, &mut collection.armed)? {
+            if self.attend(*pid, frozen, &mut collection.armed)? {
                 let begin = Instant::now();
                 collection.deltas.extend(self.scan(*pid)?);
                 collection.scan += begin.elapsed();

@@ -166,14 +166,17 @@ impl World for Children {
         present
     }
 
-    fn collect(&mut self) -> Collection {
+    fn collect(&mut self, frozen: bool) -> Collection {
         // A process that has answered still has a few steps to do until it waits again.
         for pid in self.processes() {
             while !std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap().contains(") S ") {
                 std::thread::yield_now();
             }
         }
-        self.tracker.collect(&self.processes()).unwrap()
+        let processes = self.processes();
+        let collected =
+            if frozen { self.tracker.collect_frozen(&processes) } else { self.tracker.collect(&processes) };
+        collected.unwrap()
     }
 }
 

@@ -155,9 +155,11 @@ impl World for Simulated {
         kernel.processes[&pid].pages.keys().map(|page| PageRange::page_at(page * PAGE_BYTES)).collect()
     }
 
-    fn collect(&mut self) -> Collection {
+    fn collect(&mut self, frozen: bool) -> Collection {
         let processes = self.processes();
-        let collection = self.tracker.collect(&processes).unwrap();
+        let collected =
+            if frozen { self.tracker.collect_frozen(&processes) } else { self.tracker.collect(&processes) };
+        let collection = collected.unwrap();
         assert!(!self.kernel.borrow().halted, "let go afterwards");
         collection
     }
