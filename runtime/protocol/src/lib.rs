@@ -29,6 +29,8 @@ pub mod request;
 pub mod rootfs;
 pub mod source;
 pub mod target;
+#[cfg(test)]
+mod transitions;
 pub mod wire;
 pub mod worker;
 

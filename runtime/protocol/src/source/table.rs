@@ -2,9 +2,10 @@
 
 use super::*;
 use crate::policy::Verdict;
+use crate::transitions::{Row, assert_drawn, assert_tried};
 
 /// State, event, guard, next state, actions. What is not here follows [`rule`].
-const TRANSITIONS: &[(&str, &str, &str, &str, &[&str])] = &[
+const TRANSITIONS: &[Row] = &[
     ("Connecting", "LinkUp", "", "Negotiating", &["SendOffer"]),
     ("Negotiating", "Accepted", "dry run", "Done", &["ReportChecked"]),
     ("Negotiating", "Accepted", "no dry run", "Preparing", &["SendBlobs"]),
@@ -255,7 +256,7 @@ fn events() -> Vec<Event> {
 
 /// The row of the table that speaks of this; at most one does.
 fn row(given: &Given, state: &State, event: &Event) -> Option<usize> {
-    let speaks = |(_, (from, on, guard, ..)): &(usize, &(&str, &str, &str, &str, &[&str]))| {
+    let speaks = |(_, (from, on, guard, ..)): &(usize, &Row)| {
         *from == state.label() && *on == event.label() && given.holds(guard, state, event)
     };
     let mut rows = TRANSITIONS.iter().enumerate().filter(speaks).map(|(index, _)| index);
@@ -286,8 +287,7 @@ fn every_state_takes_every_event_as_the_table_says() {
             }
         }
     }
-    let untried: Vec<_> = TRANSITIONS.iter().zip(tried).filter(|(_, tried)| !tried).collect();
-    assert!(untried.is_empty(), "rows that nothing comes to: {untried:?}");
+    assert_tried(TRANSITIONS, &tried);
 }
 
 #[test]
@@ -305,19 +305,7 @@ fn no_name_is_left_out_of_the_table() {
 
 #[test]
 fn the_diagram_in_the_documentation_is_the_table() {
-    let drawn: Vec<_> = include_str!("../source.rs")
-        .lines()
-        .filter_map(|line| line.strip_prefix("//! "))
-        .filter(|line| line.contains("-->"))
-        .collect();
-    let listed: Vec<_> = TRANSITIONS
-        .iter()
-        .map(|(from, event, guard, to, _)| match *guard {
-            "" => format!("{from} --{event}--> {to}"),
-            guard => format!("{from} --{event} [{guard}]--> {to}"),
-        })
-        .collect();
-    assert_eq!(drawn, listed);
+    assert_drawn(include_str!("../source.rs"), TRANSITIONS);
 }
 
 #[test]

@@ -1,9 +1,10 @@
 //! The target's transitions as a table, the oracle for [`super::Target::step`].
 
 use super::*;
+use crate::transitions::{Row, assert_drawn, assert_tried};
 
 /// State, event, guard, next state, actions. What is not here follows [`rule`].
-const TRANSITIONS: &[(&str, &str, &str, &str, &[&str])] = &[
+const TRANSITIONS: &[Row] = &[
     ("CopyingRootfs", "Applied", "", "Receiving", &["SendApplied"]),
     ("Receiving", "RoundComplete", "", "Receiving", &["SendRoundReceived"]),
     ("Receiving", "FinalApplied", "first", "Receiving", &["SendApplied"]),
@@ -163,8 +164,7 @@ fn every_state_takes_every_event_as_the_table_says() {
             assert_eq!((step.state.label(), &taken[..]), (to, actions), "{from} on {event:?}, {pages:?}");
         }
     }
-    let untried: Vec<_> = TRANSITIONS.iter().zip(tried).filter(|(_, tried)| !tried).collect();
-    assert!(untried.is_empty(), "rows that nothing comes to: {untried:?}");
+    assert_tried(TRANSITIONS, &tried);
 }
 
 #[test]
@@ -185,19 +185,7 @@ fn no_name_is_left_out_of_the_table() {
 
 #[test]
 fn the_diagram_in_the_documentation_is_the_table() {
-    let drawn: Vec<_> = include_str!("../target.rs")
-        .lines()
-        .filter_map(|line| line.strip_prefix("//! "))
-        .filter(|line| line.contains("-->"))
-        .collect();
-    let listed: Vec<_> = TRANSITIONS
-        .iter()
-        .map(|(from, event, guard, to, _)| match *guard {
-            "" => format!("{from} --{event}--> {to}"),
-            guard => format!("{from} --{event} [{guard}]--> {to}"),
-        })
-        .collect();
-    assert_eq!(drawn, listed);
+    assert_drawn(include_str!("../target.rs"), TRANSITIONS);
 }
 
 #[test]
