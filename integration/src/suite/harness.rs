@@ -124,6 +124,13 @@ pub fn run(suite: &Suite) -> ExitCode {
     });
     let Tally { passed, failed, skipped } = lock(&tally).clone();
     println!("\n{}: {passed} passed, {} failed, {skipped} skipped", suite.name, failed.len());
+    if !is_full {
+        let left = suite.cases.iter().filter(|case| case.is_slow).count();
+        println!(
+            "  left to full runs (GODWIT_FULL=1), being slow: {left} cases, {} lanes",
+            suite.more_lanes.len()
+        );
+    }
     failed.iter().for_each(|name| println!("  failed: {name}"));
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -7,6 +7,7 @@ mod fallbacks;
 mod memory;
 mod servers;
 mod stops;
+mod storage;
 mod storm;
 
 use std::process::ExitCode;
@@ -36,6 +37,7 @@ fn cases() -> Vec<Case> {
     cases.extend(memory::cases());
     cases.extend(servers::cases());
     cases.extend(stops::cases());
+    cases.extend(storage::cases());
     cases.extend(failures::cases());
     cases.extend(fallbacks::cases());
     cases
