@@ -148,17 +148,6 @@ pub fn restore(
     answer.inspect_err(|_| plan.undo(store))
 }
 
-/// Starts a CRIU for nothing but to probe the kernel, so that a restore that must be quick finds that done; see
-/// [`Session::features`].
-///
-/// # Errors
-/// When CRIU is missing, too old, or cannot tell.
-pub fn warm_up() -> Result<()> {
-    let mut session = Session::start(&Program::find()?, Setup::new())?;
-    session.features()?;
-    Ok(())
-}
-
 /// Everything that is known before anything is changed.
 #[derive(Debug)]
 struct Plan {
