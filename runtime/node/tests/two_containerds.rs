@@ -37,8 +37,10 @@ struct Scene {
 impl Scene {
     /// A container `web` that runs on node a, and an agent in this process that works with node b's containerd.
     fn set(version: Version) -> Option<Self> {
-        if !nix::unistd::geteuid().is_root() || !on_path("criu") {
-            skip("needs root and criu");
+        // The agent of this process looks for both where the process itself would.
+        let programs = ["criu", "containerd-shim-runc-v2"];
+        if !nix::unistd::geteuid().is_root() || !programs.into_iter().all(on_path) {
+            skip("needs root, and criu and containerd-shim-runc-v2 in PATH");
             return None;
         }
         let name = format!("node-{}", version.as_str().replace('.', "-"));
