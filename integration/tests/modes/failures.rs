@@ -120,23 +120,32 @@ fn source_worker_killed_while_pages_are_missing_ends_the_container_and_says_so(s
 
 /// Without the pages it misses, a container can neither go on nor go back: it has to be ended, at both ends, and
 /// whoever asked is told that it is lost.
+///
+/// On a busy machine the worker may be found only when the last page has come. Then the container has moved, whole,
+/// and another one is disturbed.
 fn is_ended_in_postcopy(stage: &Stage, disturb: impl Fn(&str) -> Outcome) -> Outcome {
-    let (container, before, _) = big(stage)?;
-    let there = Container::adopt(&stage.b, container.id());
-    let slow = Shaped::link(stage, SLOWER)?;
-    let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Postcopy, &[])?;
-    await_resumed(&mut job, BIG, &there)?;
-    disturb(container.id())?;
-    let answer = Answer::read(job.wait()?)?;
-    drop(slow);
-    assert_ne!(answer.code, 0, "it says that all went well");
-    let fate = answer.text("fate").to_owned();
-    assert_eq!(fate, "lost", "{}", answer.text("error.cause"));
-    assert!(!answer.text("error.cause").is_empty());
-    await_ended(&there, &before)?;
-    let here = container.state()?;
-    assert!(here != Some(Status::Running), "it runs on the source, and has run on the target");
-    Ok(())
+    for _ in 0..ATTEMPTS {
+        let (container, before, _) = big(stage)?;
+        let there = Container::adopt(&stage.b, container.id());
+        let slow = Shaped::link(stage, SLOWER)?;
+        let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Postcopy, &[])?;
+        await_resumed(&mut job, BIG, &there)?;
+        disturb(container.id())?;
+        let answer = Answer::read(job.wait()?)?;
+        drop(slow);
+        if answer.code == 0 {
+            BIG.assert_whole(&there, &before)?;
+            continue;
+        }
+        let fate = answer.text("fate").to_owned();
+        assert_eq!(fate, "lost", "{}", answer.text("error.cause"));
+        assert!(!answer.text("error.cause").is_empty());
+        await_ended(&there, &before)?;
+        let here = container.state()?;
+        assert!(here != Some(Status::Running), "it runs on the source, and has run on the target");
+        return Ok(());
+    }
+    Err(missing("a migration that still lacks pages"))
 }
 
 /// All pages are at the target when it resumes, and only have to be put into place: for how long depends on how
@@ -273,6 +282,8 @@ impl Drop for Shaped<'_> {
     }
 }
 
+/// How many migrations are begun until one is disturbed in time.
+const ATTEMPTS: u32 = 3;
 /// What a node's end of the link is called.
 const LINK: &str = "eth0";
 const BIG: Storm = Storm { kind: "single", pages: 8192, count: 1, reports: 1 };

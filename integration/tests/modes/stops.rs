@@ -36,7 +36,7 @@ fn postcopy_stops_nothing_before_the_freeze(stage: &Stage) -> Outcome {
 
 /// Looks at every task more than a thousand times a second while the container moves, and claims that each was stopped
 /// at most `stops` times and for a few milliseconds before its cgroup froze. CRIU thaws the cgroup as soon as it holds
-/// the tasks; where that was too fast to be seen, it tries again.
+/// the tasks, which tells as well that the freeze has begun; where both were too fast to be seen, it tries again.
 fn assert_runs_on(stage: &Stage, storm: Storm, mode: Mode, stops: u64) -> Outcome {
     let mut place = storm.run_on(&stage.a)?;
     let mut counts = storm.counts(&place)?;
@@ -93,10 +93,10 @@ fn watch(tasks: &[String], freezer: &str, over: &AtomicBool) -> Watched {
     let mut watched = Watched::default();
     let mut last = Instant::now();
     while !over.load(Ordering::Relaxed) {
-        let states: Vec<_> = tasks.iter().map(|task| state(task)).collect();
+        let states: Vec<_> = tasks.iter().map(|task| State::of(task)).collect();
         // After the states: what is stopped while nothing freezes yet is stopped by somebody else.
         let freezing = fs::read_to_string(freezer).is_ok_and(|text| !["THAWED", "0"].contains(&text.trim()));
-        if freezing {
+        if freezing || states.contains(&State::HeldByCriu) {
             watched.saw_the_freeze = true;
             break;
         }
@@ -105,7 +105,7 @@ fn watch(tasks: &[String], freezer: &str, over: &AtomicBool) -> Watched {
         watched.longest_gap = watched.longest_gap.max(now - last);
         last = now;
         for (task, state) in tasks.iter().zip(states) {
-            let is_stopped = matches!(state, Some('t' | 'T'));
+            let is_stopped = state == State::Stopped;
             if !is_stopped && !watched.stops.contains_key(task) {
                 continue;
             }
@@ -135,10 +135,25 @@ fn tasks_of(container: &Container<'_>) -> Result<Vec<String>, Trouble> {
     Ok(tasks)
 }
 
-/// The state of a task, the first field behind the name in proc_pid_stat(5).
-fn state(task: &str) -> Option<char> {
-    let stat = fs::read_to_string(format!("{task}/stat")).ok()?;
-    stat.rsplit_once(") ")?.1.chars().next()
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Or ended, or asleep.
+    Running,
+    Stopped,
+    HeldByCriu,
+}
+
+impl State {
+    /// Reads proc_pid_status(5) of a task.
+    fn of(task: &str) -> Self {
+        let status = fs::read_to_string(format!("{task}/status")).unwrap_or_default();
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("").trim();
+        if !field("State:").starts_with(['t', 'T']) {
+            return Self::Running;
+        }
+        let tracer = fs::read_to_string(format!("/proc/{}/comm", field("TracerPid:")));
+        if tracer.is_ok_and(|name| name.trim() == "criu") { Self::HeldByCriu } else { Self::Stopped }
+    }
 }
 
 const LOOK_EVERY: Duration = Duration::from_micros(300);
