@@ -60,6 +60,7 @@ async fn run(flags: &Flags) -> Result<()> {
         namespace: flags.namespace.clone(),
         containerd: flags.address.clone(),
         socket: flags.socket.clone(),
+        addresses: godwit_api::address_directory(&flags.namespace),
         worker: godwit_binary(),
         reaper,
         events: Publisher::connect(containerd_ttrpc, &flags.namespace),

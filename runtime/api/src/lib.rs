@@ -47,12 +47,18 @@ pub use migrate_ttrpc::{Migrate, MigrateClient, create_migrate};
 /// Directory in which shims leave the addresses of their sockets.
 pub const ADDRESS_ROOT: &str = "/run/godwit/shims";
 
+/// Returns the directory with the address files of a namespace's containers, each named by the container's id.
+#[must_use]
+pub fn address_directory(namespace: &str) -> PathBuf {
+    Path::new(ADDRESS_ROOT).join(namespace)
+}
+
 /// Returns the file that holds the socket address of the shim of container `id` in `namespace`.
 ///
 /// The file holds one line such as `unix:///run/containerd/s/0123…`, without a line break.
 #[must_use]
 pub fn address_file(namespace: &str, id: &str) -> PathBuf {
-    Path::new(ADDRESS_ROOT).join(namespace).join(id)
+    address_directory(namespace).join(id)
 }
 
 #[cfg(test)]

@@ -164,7 +164,7 @@ impl Container {
 
     /// Tells clients of the migration service where this shim is.
     fn leave_address(&self) {
-        let path = godwit_api::address_file(&self.shared.namespace, &self.id);
+        let path = self.shared.addresses.join(&self.id);
         let write = || {
             if let Some(parent) = path.parent() {
                 fs::DirBuilder::new().recursive(true).mode(0o711).create(parent)?;

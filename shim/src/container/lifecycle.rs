@@ -212,7 +212,7 @@ impl Container {
         if let Phase::Restorable(image) = phase {
             image.remove_if_unpacked();
         }
-        fs::remove_file(godwit_api::address_file(&self.shared.namespace, &self.id)).ok();
+        fs::remove_file(self.shared.addresses.join(&self.id)).ok();
         self.shared.events.publish(&task::TaskDelete {
             container_id: self.id.clone(),
             pid: pid.unsigned_abs(),

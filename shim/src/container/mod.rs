@@ -70,6 +70,8 @@ pub(crate) struct Shared {
     pub(crate) containerd: String,
     /// The shim's own socket, as `unix://…`.
     pub(crate) socket: String,
+    /// Where each container leaves a file with that address.
+    pub(crate) addresses: PathBuf,
     /// The program of migration workers.
     pub(crate) worker: PathBuf,
     /// Collects children.

@@ -110,6 +110,7 @@ impl Bench {
             namespace: "shim-unit-test".to_owned(),
             containerd: String::new(),
             socket: String::new(),
+            addresses: bundle.path().join("addresses"),
             worker: bundle.path().join("worker"),
             reaper: Arc::clone(&reaper),
             events,
