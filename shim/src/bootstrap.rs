@@ -9,6 +9,10 @@
 //!
 //! The listening socket is made here and inherited by the serving process as its standard input: the address
 //! is good before that process has run its first instruction, and nothing has to be waited for.
+//!
+//! containerd kills `start` when the client that wanted the container goes away, and then knows of no shim that it
+//! could end. So the serving process also inherits, as its standard output, a pipe to read from: it ends unless it gets
+//! [`ANSWERED`] there.
 
 use std::{
     env, fs,
@@ -23,6 +27,8 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
 use containerd_shim::{Flags, StartOpts};
@@ -40,6 +46,14 @@ const STDIN_MAX: u64 = 10 << 20;
 
 /// Version of the Task service that a [`BootstrapResult`] announces.
 const TASK_VERSION: i32 = 3;
+
+/// What the serving process is told once containerd has its address.
+pub(crate) const ANSWERED: u8 = b'a';
+
+/// How long the shim of an earlier container of the same name has to end: longer than containerd waits for what it then
+/// kills.
+const PREDECESSOR_LIMIT: Duration = Duration::from_secs(10);
+const PREDECESSOR_POLL: Duration = Duration::from_millis(10);
 
 /// Environment variable with the address of containerd's ttrpc socket, which takes events.
 pub(crate) const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
@@ -67,20 +81,28 @@ pub(crate) fn start(flags: &Flags) -> Result<()> {
     let params = Params::parse(&read_stdin()?, flags)?;
     let bundle = env::current_dir().map_err(ShimError::io("find the bundle"))?;
     let spec = Spec::read(&bundle)?;
-    let address = socket_address(flags, &params, spec.group(&flags.id));
+    let group = spec.group(&flags.id);
+    let address = socket_address(flags, &params, group);
     let path = socket_path(&address);
-    if let Some(listener) = listen(&path)?
-        && let Err(error) = serve_apart(flags, &params, listener, &address)
-    {
-        fs::remove_file(&path).ok();
-        return Err(error);
+    if group == flags.id {
+        await_predecessor(&path, PREDECESSOR_LIMIT)?;
     }
+    let tell = match listen(&path)? {
+        Some(listener) => Some(serve_apart(flags, &params, listener, &address).inspect_err(|_| {
+            fs::remove_file(&path).ok();
+        })?),
+        None => None,
+    };
     fs::write(bundle.join(ADDRESS), &address).map_err(ShimError::io(format!("write {ADDRESS}")))?;
     let mut stdout = io::stdout();
     stdout
         .write_all(&answer(&address, params.bootstrap)?)
         .and_then(|()| stdout.flush())
-        .map_err(ShimError::io("answer containerd"))
+        .map_err(ShimError::io("answer containerd"))?;
+    match tell {
+        Some(mut tell) => tell.write_all(&[ANSWERED]).map_err(ShimError::io("tell the shim")),
+        None => Ok(()),
+    }
 }
 
 impl Params {
@@ -141,6 +163,22 @@ pub(crate) fn socket_path(address: &str) -> PathBuf {
     address.strip_prefix("unix://").unwrap_or(address).into()
 }
 
+/// Waits until no shim listens at `path`, where only one of the same container can: it has been told to end, or is
+/// about to be. It serves another bundle, which is or will be gone, and would take the container down with it.
+///
+/// # Errors
+/// [`ShimError::Predecessor`] when it does not end.
+fn await_predecessor(path: &Path, limit: Duration) -> Result<()> {
+    let deadline = Instant::now() + limit;
+    while UnixStream::connect(path).is_ok() {
+        if Instant::now() > deadline {
+            return Err(ShimError::Predecessor { socket: path.to_owned() });
+        }
+        thread::sleep(PREDECESSOR_POLL);
+    }
+    Ok(())
+}
+
 /// Listens at `path`; nothing if a shim does already, which then serves this container as well.
 fn listen(path: &Path) -> Result<Option<UnixListener>> {
     if let Some(parent) = path.parent() {
@@ -168,8 +206,13 @@ fn listen(path: &Path) -> Result<Option<UnixListener>> {
     Ok(Some(listener))
 }
 
-/// Starts the serving process.
-fn serve_apart(flags: &Flags, params: &Params, listener: UnixListener, address: &str) -> Result<()> {
+/// Starts the serving process. It ends when the pipe that is returned closes without [`ANSWERED`].
+fn serve_apart(
+    flags: &Flags,
+    params: &Params,
+    listener: UnixListener,
+    address: &str,
+) -> Result<io::PipeWriter> {
     let shim = env::current_exe().map_err(ShimError::io("find the shim's program"))?;
     let mut command = Command::new(shim);
     command.args(["-namespace", &flags.namespace, "-id", &flags.id]);
@@ -180,7 +223,8 @@ fn serve_apart(flags: &Flags, params: &Params, listener: UnixListener, address: 
     if !params.containerd_ttrpc.is_empty() {
         command.env(TTRPC_ADDRESS, &params.containerd_ttrpc);
     }
-    command.stdin(Stdio::from(OwnedFd::from(listener))).stdout(Stdio::null()).stderr(Stdio::null());
+    let (word, tell) = io::pipe().map_err(ShimError::io("make a pipe"))?;
+    command.stdin(Stdio::from(OwnedFd::from(listener))).stdout(word).stderr(Stdio::null());
     // Signals meant for containerd's group are not meant for the shim.
     command.process_group(0);
     let mut child = command.spawn().map_err(ShimError::io("start the shim"))?;
@@ -189,7 +233,7 @@ fn serve_apart(flags: &Flags, params: &Params, listener: UnixListener, address: 
         child.kill().and_then(|()| child.wait()).ok();
         return Err(ShimError::Library { action: "put the shim into its cgroup", source });
     }
-    Ok(())
+    Ok(tell)
 }
 
 fn answer(address: &str, bootstrap: bool) -> Result<Vec<u8>> {
@@ -273,5 +317,17 @@ mod tests {
         assert!(listen(&path).unwrap().is_none());
         drop(first);
         assert!(listen(&path).unwrap().is_some(), "a dead shim's socket is replaced");
+    }
+    #[test]
+    fn a_container_of_its_own_never_joins_an_earlier_ones_shim() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        await_predecessor(&path, Duration::ZERO).unwrap();
+        let earlier = listen(&path).unwrap();
+        let refused = await_predecessor(&path, Duration::from_millis(50)).unwrap_err();
+        assert!(matches!(refused, ShimError::Predecessor { .. }), "{refused}");
+        let waits = thread::spawn(move || await_predecessor(&path, PREDECESSOR_LIMIT));
+        drop(earlier);
+        waits.join().unwrap().unwrap();
     }
 }

@@ -3,6 +3,9 @@
 //! containerd runs it after every container, and then nearly always nothing is left. After a shim was killed,
 //! everything may be: the container, a verb in progress with the CRIU it started, mounts, sockets. A worker
 //! that has sent COMMIT is the one thing left alone: it knows, and nobody else does, where the container is.
+//!
+//! The shim itself may live: containerd also runs the action when it gives up on one, as on a Create that nobody waits
+//! for. Such a shim is told to forget the container, and ends if it has no other.
 
 use std::{
     env, fs,
@@ -14,9 +17,13 @@ use std::{
 };
 
 use containerd_shim::Flags;
-use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::{
+    api::{DeleteRequest, DeleteResponse, ShutdownRequest},
+    shim_async::{Client, TaskClient},
+};
 use godwit_sys::pidfd::PidFd;
 use protobuf::Message;
+use ttrpc::context;
 
 use crate::{
     bootstrap::{ADDRESS, socket_path},
@@ -29,6 +36,7 @@ use crate::{
 const KILLED: u32 = 137;
 const KILL: i32 = 9;
 const DIE_LIMIT: Duration = Duration::from_secs(5);
+const DISMISS_PAUSE: Duration = Duration::from_millis(20);
 
 /// Cleans up after the container `flags.id` and tells containerd how it ended.
 ///
@@ -45,7 +53,7 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
     containerd_shim::mount::umount_recursive(rootfs.to_str(), 0)
         .unwrap_or_else(|error| log::warn!("failed to unmount {}: {error}", rootfs.display()));
     fs::remove_file(godwit_api::address_file(&flags.namespace, &flags.id)).ok();
-    remove_dead_socket(&bundle);
+    dismiss_shim(&bundle, &flags.id);
     let response = DeleteResponse {
         pid: pid.unsigned_abs(),
         exit_status: KILLED,
@@ -124,13 +132,42 @@ fn delete_container(record: &Record, bundle: &Path, id: &str) {
     }
 }
 
-/// Removes the shim's socket unless a shim still listens there, for the other containers of a pod.
-fn remove_dead_socket(bundle: &Path) {
+/// Makes the shim forget the container, if it still listens; removes its socket if it does not.
+fn dismiss_shim(bundle: &Path, id: &str) {
     let Ok(address) = fs::read_to_string(bundle.join(ADDRESS)) else { return };
-    let path = socket_path(address.trim());
+    let (address, path) = (address.trim(), socket_path(address.trim()));
+    // A shim that ends in an orderly way removes its socket first.
+    if !path.exists() {
+        return;
+    }
     if UnixStream::connect(&path).is_err() {
         fs::remove_file(&path).ok();
+        return;
     }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let dismissed = runtime.map(|runtime| runtime.block_on(dismiss(address, id)));
+    // One that ends while it is spoken to is what is wanted.
+    if let Ok(Err(ttrpc::Error::RpcStatus(status))) = dismissed {
+        log::warn!("the shim of {id} may have been left: {}", status.message());
+    }
+}
+
+async fn dismiss(address: &str, id: &str) -> ttrpc::Result<()> {
+    let task = TaskClient::new(Client::connect(address).await?);
+    let delete = DeleteRequest { id: id.to_owned(), ..DeleteRequest::default() };
+    let deadline = Instant::now() + DIE_LIMIT;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match task.delete(context::with_duration(left), &delete).await {
+            Ok(_) => break,
+            Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => break,
+            // Its init was killed a moment ago, and the shim may not know yet.
+            Err(ttrpc::Error::RpcStatus(_)) if !left.is_zero() => tokio::time::sleep(DISMISS_PAUSE).await,
+            Err(error) => return Err(error),
+        }
+    }
+    let shutdown = ShutdownRequest { id: id.to_owned(), ..ShutdownRequest::default() };
+    task.shutdown(context::with_duration(DIE_LIMIT), &shutdown).await.map(drop)
 }
 
 #[cfg(test)]
@@ -153,15 +190,12 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_is_listened_to_stays() {
+    fn a_dead_shims_socket_is_removed() {
         let bundle = tempfile::tempdir().unwrap();
         let path = bundle.path().join("s");
-        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         fs::write(bundle.path().join(ADDRESS), format!("unix://{}", path.display())).unwrap();
-        remove_dead_socket(bundle.path());
-        assert!(path.exists());
-        drop(listener);
-        remove_dead_socket(bundle.path());
+        dismiss_shim(bundle.path(), "web");
         assert!(!path.exists());
     }
 }

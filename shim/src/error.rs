@@ -4,6 +4,8 @@
 //! "already gone", `AlreadyExists` of an `Exec` is retried under another name. A verb that came at the wrong
 //! moment has the code `Unknown` there, and so it has here.
 
+use std::path::PathBuf;
+
 use godwit_protocol::{Failure, request::RequestError};
 use ttrpc::{Code, error::get_rpc_status};
 
@@ -39,6 +41,15 @@ pub(crate) enum ShimError {
     ContainerExists {
         /// The container.
         id: String,
+    },
+    /// The shim of an earlier container of that name does not end.
+    #[error(
+        "the shim of an earlier container of this name still listens at {}: end that container, or the shim",
+        .socket.display()
+    )]
+    Predecessor {
+        /// Its socket.
+        socket: PathBuf,
     },
     /// The container has a process of that name.
     #[error("id {exec_id}")]
@@ -190,7 +201,9 @@ impl ShimError {
             | Self::Unstarted
             | Self::Finished
             | Self::NeverMigrated { .. } => Code::NOT_FOUND,
-            Self::ContainerExists { .. } | Self::ExecExists { .. } => Code::ALREADY_EXISTS,
+            Self::ContainerExists { .. } | Self::Predecessor { .. } | Self::ExecExists { .. } => {
+                Code::ALREADY_EXISTS
+            }
             Self::NotCreated
             | Self::InitEnded { .. }
             | Self::Migrating { .. }

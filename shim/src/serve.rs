@@ -1,21 +1,31 @@
-//! The serving process: one thread, one socket, until containerd says Shutdown.
+//! The serving process: one thread, one socket, until containerd says Shutdown, or turns out not to know of it.
 //!
 //! Everything runs on one thread. That keeps the shim small, makes fork and descriptors predictable (no other
 //! thread opens one between them), and costs nothing: a shim waits. What may block goes to tokio's pool.
 
-use std::{env, fs, os::fd::AsFd, os::unix::net::UnixListener, sync::Arc};
+use std::{
+    env, fs,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixListener,
+    },
+    sync::Arc,
+    time::Duration,
+};
 
 use containerd_shim::Flags;
 use containerd_shim_protos::shim_async::create_task;
 use godwit_api::create_migrate;
 use tokio::{
+    io::AsyncReadExt,
+    net::unix::pipe,
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
 use ttrpc::r#async::{Server, transport::Listener};
 
 use crate::{
-    bootstrap::{TTRPC_ADDRESS, socket_path},
+    bootstrap::{ANSWERED, TTRPC_ADDRESS, socket_path},
     bundle::godwit_binary,
     container::Shared,
     error::{Result, ShimError},
@@ -23,6 +33,9 @@ use crate::{
     reaper::{Reaper, Scope},
     service::{MigrateService, Service, TaskService},
 };
+
+/// From containerd's knowing of the shim to the Create that it is started for, which follows at once.
+const FIRST_CREATE_MAX: Duration = Duration::from_secs(60);
 
 const TASK_V2: &str = "containerd.task.v2.Task";
 const TASK_V3: &str = "containerd.task.v3.Task";
@@ -44,14 +57,13 @@ pub(crate) fn serve(flags: &Flags) -> Result<()> {
         .build()
         .map_err(ShimError::io("start the runtime"))?;
     let served = runtime.block_on(run(flags));
-    fs::remove_file(socket_path(&flags.socket)).ok();
     // What still runs in the pool is not waited for.
     runtime.shutdown_background();
     served
 }
 
 async fn run(flags: &Flags) -> Result<()> {
-    let listener = inherited_listener()?;
+    let (listener, starter) = inherited()?;
     let containerd_ttrpc = env::var(TTRPC_ADDRESS).unwrap_or_else(|_| format!("{}.ttrpc", flags.address));
     let reaper = Arc::new(Reaper::default());
     reaper.run(Scope::Everything).map_err(ShimError::io("wait for children"))?;
@@ -67,21 +79,46 @@ async fn run(flags: &Flags) -> Result<()> {
     };
     let events = shared.events.clone();
     let (shutdown, mut wanted) = watch::channel(false);
-    let mut server = server(listener, &Service::new(shared, shutdown));
-    server.start().await.map_err(std::io::Error::other).map_err(ShimError::io("serve"))?;
-    wanted.wait_for(|wanted| *wanted).await.ok();
+    let service = Service::new(shared, shutdown);
+    let mut server = server(listener, &service);
+    let served = server.start().await.map_err(std::io::Error::other).map_err(ShimError::io("serve"));
+    if served.is_ok() {
+        tokio::select! {
+            wanted = wanted.wait_for(|wanted| *wanted) => drop(wanted),
+            () = abandoned(starter, &service) => log::warn!("nobody knows of this shim: it ends"),
+        }
+    }
+    // While it is still listened to: afterwards the name may be the next shim's.
+    fs::remove_file(socket_path(&flags.socket)).ok();
+    served?;
     events.flush().await;
     server.shutdown().await.ok();
     Ok(())
 }
 
-fn inherited_listener() -> Result<Listener> {
-    let stdin = std::io::stdin().as_fd().try_clone_to_owned().map_err(ShimError::io("take the socket"))?;
-    let listener = UnixListener::from(stdin);
-    // Standard input stays open otherwise, and with it the socket.
-    let null = fs::File::open("/dev/null").map_err(ShimError::io("open /dev/null"))?;
+/// Returns once it is clear that containerd will not use this shim: the starter died before it had answered, or no
+/// container was asked for, because the starter was killed at the moment when it had.
+async fn abandoned(mut starter: pipe::Receiver, service: &Service) {
+    if matches!(starter.read_u8().await, Ok(ANSWERED)) {
+        tokio::time::sleep(FIRST_CREATE_MAX).await;
+        if service.was_used() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Takes the socket out of standard input, and the pipe from the starter out of standard output.
+fn inherited() -> Result<(Listener, pipe::Receiver)> {
+    let take = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(ShimError::io("take what was inherited"));
+    let listener = UnixListener::from(take(std::io::stdin().as_fd())?);
+    let starter = take(std::io::stdout().as_fd())?;
+    // They stay open otherwise, the socket after it is wanted.
+    let null = fs::File::options().read(true).write(true).open("/dev/null");
+    let null = null.map_err(ShimError::io("open /dev/null"))?;
     nix::unistd::dup2_stdin(&null).map_err(ShimError::errno("replace stdin"))?;
-    Listener::try_from(listener).map_err(ShimError::io("take the socket"))
+    nix::unistd::dup2_stdout(&null).map_err(ShimError::errno("replace stdout"))?;
+    let listener = Listener::try_from(listener).map_err(ShimError::io("take the socket"))?;
+    Ok((listener, pipe::Receiver::from_owned_fd(starter).map_err(ShimError::io("take the pipe"))?))
 }
 
 fn server(listener: Listener, service: &Arc<Service>) -> Server {

@@ -2,10 +2,19 @@
 //!
 //! Nothing is decided here. A request that names a container goes to it; the handlers wait, and may be dropped
 //! when their client goes away, while the container's actor finishes what it was asked.
+//!
+//! # A Create that nobody waits for
+//! When the client of a Create goes away, containerd takes back what is still being made: it sends Delete and Shutdown
+//! while the Create is under way, and then runs the `delete` action. Both wait for the Create to end. A shim that
+//! answered them at once would live on with a container that containerd does not know, in a bundle that is gone, and
+//! the next shim of that name would find it listening.
 
 use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::SystemTime,
 };
 
@@ -39,37 +48,90 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Service {
     shared: Shared,
-    /// Nothing stands for a container that is being created.
-    containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    containers: Mutex<HashMap<String, Arc<Container>>>,
+    /// Names of containers that are being created.
+    creating: watch::Sender<HashSet<String>>,
+    /// Whether a container was ever asked for.
+    was_used: AtomicBool,
     shutdown: watch::Sender<bool>,
+}
+
+/// The name of a container that is being created, until it is dropped.
+#[derive(Debug)]
+struct Creating {
+    service: Arc<Service>,
+    id: String,
 }
 
 impl Service {
     /// Returns a service without containers; `shutdown` becomes true when containerd wants it to end.
     pub(crate) fn new(shared: Shared, shutdown: watch::Sender<bool>) -> Arc<Self> {
-        Arc::new(Self { shared, containers: Mutex::default(), shutdown })
+        Arc::new(Self {
+            shared,
+            containers: Mutex::default(),
+            creating: watch::Sender::default(),
+            was_used: AtomicBool::new(false),
+            shutdown,
+        })
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
+    /// Tells whether a container was ever asked for.
+    pub(crate) fn was_used(&self) -> bool {
+        self.was_used.load(Ordering::Relaxed)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>> {
-        self.lock().get(id).cloned().flatten().ok_or(ShimError::NoContainer)
+        self.lock().get(id).cloned().ok_or(ShimError::NoContainer)
     }
 
-    async fn create_container(self: Arc<Self>, request: CreateRequest) -> Result<Arc<Container>> {
-        let id = request.id.clone();
-        if self.lock().contains_key(&id) {
+    /// Waits until the container `id` is there, if it is being created, and returns it.
+    async fn created(&self, id: &str) -> Result<Arc<Container>> {
+        // Fails only when the sender is gone, which this service owns.
+        self.creating.subscribe().wait_for(|creating| !creating.contains(id)).await.ok();
+        self.container(id)
+    }
+
+    /// Ends the shim, unless it has containers, or has them once all that are being created are there.
+    async fn shut_down(&self) {
+        if !self.lock().is_empty() {
+            return;
+        }
+        self.creating.subscribe().wait_for(HashSet::is_empty).await.ok();
+        // A pod's shim lives until its last container is gone.
+        if self.lock().is_empty() {
+            self.shutdown.send_replace(true);
+        }
+    }
+}
+
+impl Creating {
+    /// Takes the name of a container that is to be created.
+    fn begin(service: &Arc<Service>, id: String) -> Result<Self> {
+        service.was_used.store(true, Ordering::Relaxed);
+        let is_free = !service.lock().contains_key(&id)
+            && service.creating.send_if_modified(|creating| creating.insert(id.clone()));
+        if !is_free {
             return Err(ShimError::ContainerExists { id });
         }
-        self.lock().insert(id.clone(), None);
-        let created = Container::create(request, self.shared.clone()).await;
-        match &created {
-            Ok(container) => self.lock().insert(id, Some(Arc::clone(container))),
-            Err(_) => self.lock().remove(&id).flatten().map(Some),
-        };
-        created
+        Ok(Self { service: Arc::clone(service), id })
+    }
+
+    async fn run(self, request: CreateRequest) -> Result<Arc<Container>> {
+        let container = Container::create(request, self.service.shared.clone()).await?;
+        self.service.lock().insert(self.id.clone(), Arc::clone(&container));
+        Ok(container)
+    }
+}
+
+impl Drop for Creating {
+    fn drop(&mut self) {
+        self.service.creating.send_modify(|creating| {
+            creating.remove(&self.id);
+        });
     }
 }
 
@@ -120,7 +182,9 @@ impl Task for TaskService {
             parent_checkpoint: request.parent_checkpoint,
             options,
         };
-        let created = tokio::spawn(Arc::clone(&self.0).create_container(request)).await;
+        // Taken before anything is waited for, so that a Delete that follows finds it.
+        let creating = Creating::begin(&self.0, request.id.clone())?;
+        let created = tokio::spawn(creating.run(request)).await;
         let container =
             created.map_err(|error| ttrpc::Error::Others(format!("create ended early: {error}")))??;
         Ok(CreateTaskResponse { pid: container.pid().unsigned_abs(), ..CreateTaskResponse::default() })
@@ -133,7 +197,7 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        let container = self.0.container(&request.id)?;
+        let container = self.0.created(&request.id).await?;
         let is_container = request.exec_id.is_empty();
         let (pid, ended) = container.call(|reply| Request::Delete(request.exec_id, reply)).await?;
         if is_container {
@@ -241,10 +305,10 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // A pod's shim lives until its last container is gone.
-        if self.0.lock().is_empty() {
-            self.0.shutdown.send_replace(true);
-        }
+        let service = Arc::clone(&self.0);
+        // containerd does not wait for long, but its wish stands.
+        let down = tokio::spawn(async move { service.shut_down().await }).await;
+        down.map_err(|error| ttrpc::Error::Others(format!("shutdown ended early: {error}")))?;
         Ok(Empty::default())
     }
 }
@@ -288,4 +352,92 @@ fn status(name: &str) -> Status {
 
 fn timestamp(ended: Option<Ended>) -> MessageField<Timestamp> {
     ended.and_then(|ended| ended.at).map(SystemTime::into).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        events::Publisher,
+        reaper::{Reaper, Scope},
+    };
+
+    fn service(bundle: &std::path::Path) -> (Arc<Service>, watch::Receiver<bool>) {
+        std::fs::write(bundle.join("config.json"), "{}").unwrap();
+        let reaper = Arc::new(Reaper::default());
+        reaper.run(Scope::Claimed).unwrap();
+        let shared = Shared {
+            namespace: "shim-service-test".to_owned(),
+            containerd: String::new(),
+            socket: String::new(),
+            addresses: bundle.join("addresses"),
+            worker: bundle.join("worker"),
+            reaper,
+            events: Publisher::recording().0,
+        };
+        let (shutdown, down) = watch::channel(false);
+        (Service::new(shared, shutdown), down)
+    }
+
+    fn context() -> TtrpcContext {
+        TtrpcContext::default()
+    }
+
+    /// A container that waits for its migration needs no runtime to be created, and this one to be deleted.
+    fn incoming(bundle: &std::path::Path) -> CreateRequest {
+        CreateRequest {
+            id: "web".to_owned(),
+            bundle: bundle.to_owned(),
+            checkpoint: "godwit-incoming:///run/s".to_owned(),
+            options: CreateOptions { binary_name: "/bin/true".to_owned(), ..CreateOptions::default() },
+            ..CreateRequest::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_create_that_is_given_up_leaves_neither_container_nor_shim() {
+        let bundle = tempfile::tempdir().unwrap();
+        let (service, down) = service(bundle.path());
+        let creating = Creating::begin(&service, "web".to_owned()).unwrap();
+        let task = Arc::new(TaskService(Arc::clone(&service)));
+        // What containerd sends when the client of a Create has gone.
+        let gives_up = tokio::spawn(async move {
+            let request = DeleteRequest { id: "web".to_owned(), ..DeleteRequest::default() };
+            task.delete(&context(), request).await.expect("what is being created is deleted");
+            task.shutdown(&context(), ShutdownRequest::default()).await.unwrap();
+        });
+        tokio::task::yield_now().await;
+        assert!(!gives_up.is_finished(), "it waits until there is something to delete");
+        creating.run(incoming(bundle.path())).await.unwrap();
+        gives_up.await.unwrap();
+        assert!(service.lock().is_empty() && *down.borrow());
+    }
+
+    #[tokio::test]
+    async fn a_shutdown_waits_for_a_create_and_ends_no_shim_that_has_a_container() {
+        let bundle = tempfile::tempdir().unwrap();
+        let (service, down) = service(bundle.path());
+        let creating = Creating::begin(&service, "web".to_owned()).unwrap();
+        let asked = tokio::spawn({
+            let service = Arc::clone(&service);
+            async move { service.shut_down().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!asked.is_finished());
+        creating.run(incoming(bundle.path())).await.unwrap();
+        asked.await.unwrap();
+        assert!(!*down.borrow());
+    }
+
+    #[tokio::test]
+    async fn a_name_is_taken_from_the_beginning_of_its_create_until_that_fails() {
+        let bundle = tempfile::tempdir().unwrap();
+        let (service, _down) = service(bundle.path());
+        let first = Creating::begin(&service, "web".to_owned()).unwrap();
+        let second = Creating::begin(&service, "web".to_owned()).unwrap_err();
+        assert!(matches!(second, ShimError::ContainerExists { .. }), "{second}");
+        let nowhere = CreateRequest { bundle: "/nowhere".into(), ..incoming(bundle.path()) };
+        first.run(nowhere).await.unwrap_err();
+        Creating::begin(&service, "web".to_owned()).unwrap();
+    }
 }

@@ -15,6 +15,8 @@ pub(super) fn cases() -> Vec<Case> {
         case!(missing_program_is_named_and_nothing_stays),
         case!(missing_network_namespace_is_an_error_and_nothing_stays),
         case!(killed_shim_leaves_nothing_after_deletion),
+        // runc's own shim may stay.
+        case!(create_whose_client_dies_leaves_no_shim).on(|lane| lane.runtime.is_godwit()),
         case!(containers_live_on_while_containerd_restarts).alone(),
     ]
 }
@@ -51,6 +53,21 @@ fn killed_shim_leaves_nothing_after_deletion(stage: &Stage) -> Outcome {
     await_that("the task is gone", || container.state().is_ok_and(|state| state.is_none()))?;
     await_that("the bundle is gone", || !bundle.exists())?;
     stage.a.ctr(&["containers", "delete", &id])?;
+    Ok(())
+}
+
+/// Kills ctr as soon as there is a shim for the container that it asked for. containerd then takes back what is being
+/// made, and a shim that stayed would take in the next container of that name, in a bundle that is gone.
+fn create_whose_client_dies_leaves_no_shim(stage: &Stage) -> Outcome {
+    for _ in 0..GIVEN_UP {
+        let (container, client) = stage.a.plan("given-up").foreground(&["sleep", "1000"])?;
+        let id = container.id().to_owned();
+        await_that("there is a shim", || shim_of(&stage.a, &id).is_ok())?;
+        client.kill();
+        // What the client made before, and the task, should it have come so far.
+        drop(container);
+        await_that("no shim of it is left", || shim_of(&stage.a, &id).is_err())?;
+    }
     Ok(())
 }
 
@@ -94,3 +111,6 @@ fn is_running(pid: u32) -> bool {
     let status = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("status"));
     status.is_ok_and(|status| !status.contains("State:\tZ"))
 }
+
+/// Each time the client dies at another moment.
+const GIVEN_UP: usize = 4;

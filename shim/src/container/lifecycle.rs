@@ -165,7 +165,8 @@ impl Container {
 
     /// Deletes the container (empty name) or an exec; returns its pid and end.
     pub(super) async fn delete(&self, exec_id: &str) -> Result<(i32, Option<Ended>)> {
-        let streams = {
+        // An init that was never started lives, and holds its ends of the streams, until the runtime has deleted it.
+        let (streams, lives) = {
             let mut state = self.lock();
             let running = match exec_id {
                 "" => !matches!(state.phase, Phase::Created | Phase::Restorable(_) | Phase::Stopped),
@@ -178,13 +179,19 @@ impl Container {
                 let now = if exec_id.is_empty() { state.phase.name() } else { "running" };
                 return Err(ShimError::WrongState { verb: "delete", state: now, what: "process" });
             }
-            state.process_mut(exec_id)?.streams.take()
+            let lives = exec_id.is_empty() && state.phase == Phase::Created && !state.init_ended;
+            (state.process_mut(exec_id)?.streams.take_if(|_| !lives), lives)
         };
         if let Some(streams) = streams {
             streams.shutdown().await;
         }
         if exec_id.is_empty() {
-            return self.delete_container().await;
+            let deleted = self.delete_container().await?;
+            let streams = self.lock().init.streams.take_if(|_| lives);
+            if let Some(streams) = streams {
+                streams.shutdown().await;
+            }
+            return Ok(deleted);
         }
         fs::remove_file(self.bundle.join(format!("{exec_id}.pid"))).ok();
         let process = self.lock().execs.remove(exec_id);
