@@ -11,7 +11,7 @@
 //! One thread a connection, at most [`CONNECTIONS_MAX`] of them; every wait has a limit, every size from the peer
 //! a maximum. What a peer sends wrongly ends its connection with a `Reject` and one line in the log. The agent
 //! may be killed at any moment: a worker that has the link does not need it, and the next agent settles what
-//! this one left (see [`crate::target::recover`]).
+//! this one left (see [`crate::target::LeftOver`]), and takes no container of the same name before.
 //!
 //! Nothing is encrypted and nobody is asked who they are: the network must be trusted.
 
@@ -27,7 +27,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     os::{fd::AsRawFd, unix::fs::DirBuilderExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant, SystemTime},
 };
@@ -77,6 +77,8 @@ struct Shared {
     containerd: PathBuf,
     directory: PathBuf,
     state: Mutex<State>,
+    /// Signalled when a name is given back.
+    name_free: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -84,6 +86,8 @@ struct State {
     connections: usize,
     leaving: bool,
     migrations: HashSet<MigrationId>,
+    /// Namespaces and ids of containers under which something is being made or taken back, and by how many.
+    names: HashMap<(String, String), usize>,
     /// Workers that page streams may join.
     workers: HashMap<MigrationId, Arc<Mutex<streams::Worker>>>,
     /// Links that no worker has yet, by connection number; breaking one ends its migration.
@@ -107,12 +111,16 @@ impl Agent {
         let lock = lock(&config.directory)?;
         remove_dead_sockets(&config.directory);
         forget_old_records(&config.directory);
-        target::recover(&config.containerd, &config.directory)?;
+        let shared = Arc::new(Shared {
+            containerd: config.containerd,
+            directory: config.directory,
+            state: Mutex::default(),
+            name_free: Condvar::new(),
+        });
+        settle_left_overs(&shared)?;
         let listener = TcpListener::bind(config.listen)
             .map_err(|source| NodeError::Listen { address: config.listen, source })?;
-        let state = Mutex::new(State::default());
-        let shared = Shared { containerd: config.containerd, directory: config.directory, state };
-        Ok(Self { listener, _lock: lock, shared: Arc::new(shared) })
+        Ok(Self { listener, _lock: lock, shared })
     }
 
     /// Returns where it listens.
@@ -274,6 +282,66 @@ impl Drop for Claim {
     fn drop(&mut self) {
         self.shared.state().migrations.remove(&self.migration);
     }
+}
+
+/// A container's name, for as long as something is being made or taken back under it; given back on drop.
+#[derive(Debug)]
+struct Name {
+    shared: Arc<Shared>,
+    name: (String, String),
+}
+
+impl Name {
+    /// Takes a name that nobody has; `None` if it is not given back within `limit`.
+    fn take(shared: &Arc<Shared>, namespace: &str, id: &str, limit: Duration) -> Option<Self> {
+        let name = (namespace.to_owned(), id.to_owned());
+        let is_taken = |state: &mut State| state.names.contains_key(&name);
+        let (mut state, waited) = shared
+            .name_free
+            .wait_timeout_while(shared.state(), limit, is_taken)
+            .unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return None;
+        }
+        state.names.insert(name.clone(), 1);
+        drop(state);
+        Some(Self { shared: Arc::clone(shared), name })
+    }
+
+    /// Takes a name, with whoever else has taken it so.
+    fn share(shared: &Arc<Shared>, (namespace, id): (&str, &str)) -> Self {
+        let name = (namespace.to_owned(), id.to_owned());
+        *shared.state().names.entry(name.clone()).or_default() += 1;
+        Self { shared: Arc::clone(shared), name }
+    }
+}
+
+impl Drop for Name {
+    fn drop(&mut self) {
+        let mut state = self.shared.state();
+        if let Some(holders) = state.names.get_mut(&self.name) {
+            *holders -= 1;
+            if *holders == 0 {
+                state.names.remove(&self.name);
+            }
+        }
+        drop(state);
+        self.shared.name_free.notify_all();
+    }
+}
+
+/// Settles what earlier agents left unfinished, each in a thread that waits for its worker to end. The names of the
+/// containers are taken when this returns, until then.
+fn settle_left_overs(shared: &Arc<Shared>) -> Result<(), NodeError> {
+    for left in target::LeftOver::find(&shared.directory)? {
+        let name = Name::share(shared, left.name());
+        thread::spawn(move || {
+            if let Err(error) = left.settle(&name.shared.containerd, &name.shared.directory) {
+                log::error!("cannot settle an earlier migration of {}: {error}", name.name.1);
+            }
+        });
+    }
+    Ok(())
 }
 
 fn lock(directory: &Path) -> Result<Flock<File>, NodeError> {

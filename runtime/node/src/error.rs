@@ -122,6 +122,12 @@ impl NodeError {
         matches!(self, Self::Call { code: Code::AlreadyExists, .. })
     }
 
+    /// Tells whether what was to be created exists, or a directory that containerd makes for it: for that it has no code.
+    pub(crate) fn is_in_use(&self) -> bool {
+        let is_directory = |message: &str| message.contains("file exists");
+        self.already_exists() || matches!(self, Self::Call { message, .. } if is_directory(message))
+    }
+
     pub(crate) fn malformed(what: impl Into<String>, cause: impl std::fmt::Display) -> Self {
         Self::Malformed { what: what.into(), cause: cause.to_string() }
     }

@@ -30,7 +30,7 @@ use godwit_protocol::{
 };
 
 use super::{
-    Claim, SOCKET_SUFFIX, Seat, blobs,
+    Claim, Name, SOCKET_SUFFIX, Seat, blobs,
     connection::{ConnectionError, decline},
     streams::Entry,
 };
@@ -103,7 +103,7 @@ pub(super) fn serve(seat: &Seat, mut link: Link, offer: Offer) -> Result<(), Con
 
 /// An incoming task whose worker has come to fetch the link.
 struct Meeting {
-    _claim: Claim,
+    _held: (Claim, Name),
     _socket: IncomingSocket,
     arrival: Arrival,
     record: Record,
@@ -116,6 +116,8 @@ struct Meeting {
 /// Takes everything in that comes before the worker; `None` if only the preflight was wanted.
 fn arrive(seat: &Seat, link: &mut Link, offer: Offer) -> Result<Option<Meeting>, Refusal> {
     let claim = Claim::take(seat, &offer.migration).ok_or_else(|| known(&offer))?;
+    let (namespace, id) = (&offer.container.namespace, &offer.container.id);
+    let name = Name::take(&seat.shared, namespace, id, NAME_MAX).ok_or_else(|| busy(&offer))?;
     let containerd = Containerd::connect(seat.containerd(), &offer.container.namespace)?;
     let here = target::observe(&containerd, &offer)?;
     target::judge(&offer, &here).map_err(Refusal::Reject)?;
@@ -137,7 +139,8 @@ fn arrive(seat: &Seat, link: &mut Link, offer: Offer) -> Result<Option<Meeting>,
     let meeting = bring_to_worker(seat, link, Arrival::begin(containerd, offer, seat.directory())?, wanted);
     match meeting {
         Ok((socket, arrival, worker, started)) => {
-            Ok(Some(Meeting { _claim: claim, _socket: socket, arrival, record, worker, streams, started }))
+            let held = (claim, name);
+            Ok(Some(Meeting { _held: held, _socket: socket, arrival, record, worker, streams, started }))
         }
         Err(refusal) => {
             // No worker had the link, so there is nothing to ask about.
@@ -172,6 +175,17 @@ fn known(offer: &Offer) -> Refusal {
     Refusal::reject(
         RejectCode::MigrationKnown,
         format!("migration {} has been here before: every attempt needs a name of its own", offer.migration),
+    )
+}
+
+fn busy(offer: &Offer) -> Refusal {
+    Refusal::reject(
+        RejectCode::NameTaken,
+        format!(
+            "container `{}` is on its way in there, or what is left of an earlier migration of it is being taken \
+             back: try again",
+            offer.container.id
+        ),
     )
 }
 
@@ -337,6 +351,9 @@ impl Drop for IncomingSocket {
         }
     }
 }
+
+/// Taking back a task that does not end at once takes so long, and the source waits longer.
+const NAME_MAX: Duration = Duration::from_secs(60);
 
 /// A source that reads a blob from a busy disk may pause between two frames.
 const BLOB_SILENCE_MAX: Duration = Duration::from_secs(60);

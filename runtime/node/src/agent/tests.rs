@@ -33,6 +33,7 @@ impl Host {
             containerd: directory.path().join("no-containerd.sock"),
             directory: directory.path().to_owned(),
             state: Mutex::default(),
+            name_free: Condvar::new(),
         };
         Self { shared: Arc::new(shared), directory }
     }
@@ -254,6 +255,28 @@ fn seats_and_names_are_given_back() {
     drop(seats);
     assert!(Seat::take(&host.shared).is_some());
 }
+
+#[test]
+fn a_container_waits_until_what_was_left_under_its_name_is_taken_back() {
+    let Host { shared, directory: _directory } = Host::new();
+    let (first, second) =
+        (Name::share(&shared, ("default", "web")), Name::share(&shared, ("default", "web")));
+    assert!(Name::take(&shared, "default", "web", Duration::ZERO).is_none());
+    assert!(Name::take(&shared, "default", "db", Duration::ZERO).is_some());
+    assert!(Name::take(&shared, "other", "web", Duration::ZERO).is_some());
+    drop(first);
+    assert!(Name::take(&shared, "default", "web", Duration::ZERO).is_none());
+    thread::scope(|scope| {
+        let waits = scope.spawn(|| Name::take(&shared, "default", "web", NAME_LIMIT));
+        drop(second);
+        let taken = waits.join().unwrap();
+        assert!(taken.is_some() && Name::take(&shared, "default", "web", Duration::ZERO).is_none());
+        drop(taken);
+        assert!(Name::take(&shared, "default", "web", Duration::ZERO).is_some());
+    });
+}
+
+const NAME_LIMIT: Duration = Duration::from_secs(30);
 
 #[test]
 fn sockets_of_a_killed_agent_go_and_records_stay() {

@@ -1,6 +1,10 @@
 //! A container on its way in: what has been made for it so far, and how that is undone.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
 use containerd_client::{
     services::v1::{
@@ -64,7 +68,8 @@ impl Arrival {
     /// # Errors
     /// [`NodeError`] if containerd refuses, for one because a migration of that name is in progress.
     pub fn begin(containerd: Containerd, offer: Offer, directory: &Path) -> Result<Self, NodeError> {
-        let journal = Journal::begin(directory, &offer.migration, containerd.namespace())?;
+        let journal =
+            Journal::begin(directory, &offer.migration, containerd.namespace(), &offer.container.id)?;
         // From here on dropping it undoes what has been done.
         let mut arrival = Self { containerd, offer, journal, mounts: Vec::new(), then: Then::TakeBack };
         create_lease(&mut arrival.containerd, arrival.journal.lease())?;
@@ -156,12 +161,29 @@ impl Arrival {
             ..CreateTaskRequest::default()
         };
         let starter = Containerd::connect(self.containerd.address(), self.containerd.namespace())?;
-        let request = self.containerd.request(task);
         // Noted first: a create that fails half way may leave a task.
         self.journal.note(Made::Task(id.clone()))?;
-        self.containerd
-            .call("create the task", TasksClient::new(self.containerd.channel()).create(request))?;
+        self.create_when_free(&task)?;
         Ok(IncomingTask { containerd: starter, id })
+    }
+
+    /// Creates a task. containerd may not have done yet with an earlier one of this name, which it takes back by itself
+    /// when the agent that asked for it has died; nobody else's can be in the way, for the record is ours.
+    fn create_when_free(&self, task: &CreateTaskRequest) -> Result<(), NodeError> {
+        let deadline = Instant::now() + EARLIER_TASK_MAX;
+        loop {
+            let request = self.containerd.request(task.clone());
+            let created = self
+                .containerd
+                .call("create the task", TasksClient::new(self.containerd.channel()).create(request));
+            match created {
+                Err(error) if error.is_in_use() && Instant::now() < deadline => {
+                    log::debug!(container = self.offer.container.id; "{error}");
+                    thread::sleep(EARLIER_TASK_POLL);
+                }
+                created => return created.map(drop),
+            }
+        }
     }
 
     /// Ends the arrival as the migration's record says: keeps everything if the container runs here, else takes
@@ -231,6 +253,11 @@ impl IncomingTask {
 
 /// Where containerd's clients make their FIFOs, whatever its state directory is.
 const FIFO_ROOT: &str = "/run/containerd/fifo";
+
+/// containerd gives its clean-up twice five seconds.
+const EARLIER_TASK_MAX: Duration = Duration::from_secs(20);
+
+const EARLIER_TASK_POLL: Duration = Duration::from_millis(50);
 
 /// Long enough for any transfer; what an agent that was killed left behind goes afterwards.
 const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);

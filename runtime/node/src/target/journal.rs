@@ -51,6 +51,9 @@ pub(crate) enum Made {
 pub(crate) struct Journal {
     migration: MigrationId,
     namespace: String,
+    /// The container's id; empty in the journal of an agent that did not write it.
+    #[serde(default)]
+    id: String,
     lease: String,
     made: Vec<Made>,
     #[serde(skip)]
@@ -66,10 +69,12 @@ impl Journal {
         directory: &Path,
         migration: &MigrationId,
         namespace: &str,
+        id: &str,
     ) -> Result<Self, NodeError> {
         let journal = Self {
             migration: migration.clone(),
             namespace: namespace.to_owned(),
+            id: id.to_owned(),
             lease: format!("godwit-{migration}"),
             made: Vec::new(),
             path: directory.join(format!("{migration}.{SUFFIX}")),
@@ -163,25 +168,57 @@ impl Journal {
     }
 }
 
-/// Settles what an earlier agent left unfinished, each in a thread that waits for its worker to end.
-///
-/// # Errors
-/// [`NodeError::File`] if `directory` cannot be read.
-pub fn recover(address: &Path, directory: &Path) -> Result<(), NodeError> {
-    let entries = fs::read_dir(directory).map_err(NodeError::file("read directory", directory))?;
-    for entry in entries.flatten() {
-        let path = entry.path();
-        if path.extension().is_none_or(|extension| extension != SUFFIX) {
-            continue;
-        }
-        let (address, directory) = (address.to_owned(), directory.to_owned());
-        thread::spawn(move || {
-            if let Err(error) = recover_one(&address, &directory, &path) {
+/// What an agent that is gone left unfinished.
+#[derive(Debug)]
+pub struct LeftOver {
+    journal: Journal,
+}
+
+impl LeftOver {
+    /// Finds the journals in `directory`, all of which are dead agents'. One that cannot be read is logged.
+    ///
+    /// # Errors
+    /// [`NodeError::File`] if `directory` cannot be read.
+    pub fn find(directory: &Path) -> Result<Vec<Self>, NodeError> {
+        let entries = fs::read_dir(directory).map_err(NodeError::file("read directory", directory))?;
+        let paths = entries.flatten().map(|entry| entry.path());
+        let journals = paths.filter(|path| path.extension().is_some_and(|extension| extension == SUFFIX));
+        let read = |path: PathBuf| match Journal::read(&path) {
+            Ok(journal) => Some(Self { journal }),
+            Err(error) => {
                 log::error!(path:% = path.display(); "cannot settle an earlier migration: {error}");
+                None
             }
-        });
+        };
+        Ok(journals.filter_map(read).collect())
     }
-    Ok(())
+
+    /// Returns namespace and id of the container.
+    #[must_use]
+    pub fn name(&self) -> (&str, &str) {
+        (&self.journal.namespace, &self.journal.id)
+    }
+
+    /// Waits for its worker to end, and settles it as its record in `directory` says.
+    ///
+    /// # Errors
+    /// [`NodeError`] if the record cannot be used or containerd refuses; it is left as it is then.
+    pub fn settle(mut self, address: &Path, directory: &Path) -> Result<(), NodeError> {
+        let record = Record::of(directory, &self.journal.migration);
+        while record.worker_is_alive()? {
+            thread::sleep(SETTLE_POLL);
+        }
+        let journal = &mut self.journal;
+        let containerd = Containerd::connect(address, &journal.namespace)?;
+        let fate = settle(&record, || journal.end_task(&containerd))?;
+        log::info!(migration:% = journal.migration, fate:? = fate; "settled a migration of an earlier agent");
+        if fate.has_run() {
+            journal.close(&containerd);
+        } else {
+            journal.take_back(&containerd);
+        }
+        Ok(())
+    }
 }
 
 /// Kills and deletes the task of a migration that an agent of this host has begun, if there is one.
@@ -195,23 +232,6 @@ pub fn end_task_of(address: &Path, directory: &Path, migration: &MigrationId) ->
     }
     let journal = Journal::read(&path)?;
     journal.end_task(&Containerd::connect(address, &journal.namespace)?)
-}
-
-fn recover_one(address: &Path, directory: &Path, path: &Path) -> Result<(), NodeError> {
-    let mut journal = Journal::read(path)?;
-    let record = Record::of(directory, &journal.migration);
-    while record.worker_is_alive()? {
-        thread::sleep(SETTLE_POLL);
-    }
-    let containerd = Containerd::connect(address, &journal.namespace)?;
-    let fate = settle(&record, || journal.end_task(&containerd))?;
-    log::info!(migration:% = journal.migration, fate:? = fate; "settled a migration of an earlier agent");
-    if fate.has_run() {
-        journal.close(&containerd);
-    } else {
-        journal.take_back(&containerd);
-    }
-    Ok(())
 }
 
 /// Asks the record until it has an answer for good: while the container lacks memory, its worker may still die.
