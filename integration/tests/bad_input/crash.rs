@@ -27,8 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
         case!(source_worker_killed_in_mid_dump_leaves_nothing_frozen).alone(),
         case!(killed_criu_of_the_source_leaves_the_source_running).alone(),
         case!(killed_criu_of_the_target_leaves_the_source_running).alone(),
-        // In full runs only until the next agent is known to have taken back everything before it takes a container.
-        case!(killed_agent_leaves_the_source_running).alone().slow(),
+        case!(killed_agent_leaves_the_source_running).alone(),
         case!(killed_client_leaves_exactly_one_whole_container).alone(),
         case!(interrupted_client_gives_up_and_leaves_the_source_running).alone(),
     ]
