@@ -3,6 +3,7 @@
 use containerd_client::types::v1::Status;
 use godwit_integration::case;
 use godwit_integration::suite::options::CheckpointOptions;
+use godwit_integration::suite::trouble::skip;
 use godwit_integration::suite::{Answer, Case, Container, Outcome, Runtime, Stage, await_that};
 
 use super::claim::{COUNTER, assert_counts_on, assert_says, assert_untouched, counter};
@@ -18,6 +19,9 @@ pub(super) fn cases() -> Vec<Case> {
         case!(request_that_makes_no_sense_is_refused_by_name),
         case!(second_migration_of_the_same_container_is_refused),
         case!(process_of_another_user_is_named_where_it_cannot_be_dumped),
+        case!(io_uring_is_named_before_anything_moves),
+        case!(open_userfaultfd_is_named_before_anything_moves),
+        case!(sctp_socket_is_named_before_anything_moves),
     ]
 }
 
@@ -138,5 +142,61 @@ fn process_of_another_user_is_named_where_it_cannot_be_dumped(stage: &Stage) -> 
     assert_counts_on(stage, &container, pid)
 }
 
+fn io_uring_is_named_before_anything_moves(stage: &Stage) -> Outcome {
+    // io_uring_setup(2), with eight entries.
+    let open = "ctypes.CDLL(None).syscall(425, 8, ctypes.create_string_buffer(256))";
+    is_named_while_held(stage, "io-uring", open, &["[io_uring]", "cannot be saved"])
+}
+
+fn open_userfaultfd_is_named_before_anything_moves(stage: &Stage) -> Outcome {
+    // userfaultfd(2) with UFFD_USER_MODE_ONLY, for which a container needs no privilege.
+    let open = "ctypes.CDLL(None).syscall(323, 1)";
+    is_named_while_held(stage, "userfaultfd", open, &["[userfaultfd]", "cannot be saved"])
+}
+
+fn sctp_socket_is_named_before_anything_moves(stage: &Stage) -> Outcome {
+    is_named_while_held(stage, "sctp", "listen(socket.IPPROTO_SCTP)", &["SCTP", "TCP"])
+}
+
+/// Runs Python holding the descriptor that the expression `open` gives, and claims that a dry run and a migration
+/// name it by `words`, and that neither touches the container.
+fn is_named_while_held(stage: &Stage, stem: &str, open: &str, words: &[&str]) -> Outcome {
+    let program = HOLD.replace("OPEN", open);
+    let container = stage.a.plan(stem).image("python3").run(&["python3", "-c", &program])?;
+    let pid = container.pid()?;
+    let file = format!("/proc/{pid}/root/run/held");
+    let mut held = String::new();
+    await_that("the program has what it asked for", || {
+        held = std::fs::read_to_string(&file).unwrap_or_default();
+        held.ends_with('\n')
+    })?;
+    if held.starts_with('-') {
+        return skip(format!("this kernel does not give a program {stem}: {}", held.trim()));
+    }
+    for flags in [&["--dry-run"][..], &[]] {
+        let answer = stage.a.migrate(container.id(), "node-b", flags)?;
+        assert_eq!(answer.code, 4, "it is known before anything moves: {}", answer.text("error.cause"));
+        assert_says(answer, &[words, &[&pid.to_string()]].concat())?;
+    }
+    assert_untouched(stage, &container, pid)
+}
+
 const CAP_SYS_RESOURCE: u32 = 24;
+/// Writes the descriptor into a file, or the negative number of the error for which there is none.
+const HOLD: &str = "
+import ctypes, os, socket, time
+def listen(protocol):
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol)
+    listener.bind(('127.0.0.1', 0))
+    listener.listen()
+    return listener.detach()
+try:
+    held = OPEN
+except OSError as error:
+    held = -error.errno
+with open('/run/held.next', 'w') as file:
+    file.write(f'{held}\\n')
+os.rename('/run/held.next', '/run/held')
+time.sleep(1000000)
+";
 const BIG: [&str; 4] = ["workload", "pages", "--pages", "65536"];

@@ -21,7 +21,7 @@ fn main() -> ExitCode {
         name: "bad_input",
         lanes: vec![Lane::new(Version::V1_6, Runtime::Godwit), Lane::new(Version::V2_1, Runtime::InPlace)],
         more_lanes: vec![Lane::new(Version::V1_7, Runtime::RuncGodwit)],
-        images: &["busybox"],
+        images: &["busybox", "python3"],
         // In memory, where a node's storage can be made small.
         bed: |lane, name| BedOptions { agent: true, storage: Storage::Memory, ..lane.bed(name) },
         prepare: |stage| {
