@@ -90,7 +90,7 @@ fn containers_live_on_while_containerd_restarts(stage: &Stage) -> Outcome {
 }
 
 /// Returns the shim of a container: the process that was started with its id.
-fn shim_of(site: &Site, id: &str) -> Result<Daemon, Trouble> {
+pub(super) fn shim_of(site: &Site, id: &str) -> Result<Daemon, Trouble> {
     let is_shim = |pid: &i32| {
         let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let mut words = line.split('\0');
@@ -107,7 +107,7 @@ fn kill(pid: u32) {
     }
 }
 
-fn is_running(pid: u32) -> bool {
+pub(super) fn is_running(pid: u32) -> bool {
     let status = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("status"));
     status.is_ok_and(|status| !status.contains("State:\tZ"))
 }

@@ -9,6 +9,8 @@ mod events;
 mod exec;
 mod failure;
 mod limits;
+mod options;
+mod pods;
 mod run;
 mod streams;
 
@@ -53,6 +55,8 @@ fn cases() -> Vec<suite::Case> {
     cases.extend(control::cases());
     cases.extend(limits::cases());
     cases.extend(events::cases());
+    cases.extend(options::cases());
+    cases.extend(pods::cases());
     cases.extend(failure::cases());
     cases
 }
