@@ -15,7 +15,7 @@ use crate::commands;
 ///     godwit spec --bundle web
 ///     godwit create --bundle web web && godwit start web
 #[derive(Debug, Parser)]
-#[command(name = "godwit", version, verbatim_doc_comment, max_term_width = 110)]
+#[command(name = "godwit", version = VERSION, verbatim_doc_comment, max_term_width = 110)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) globals: Globals,
@@ -91,6 +91,9 @@ pub(crate) enum Command {
     Agent(commands::agent::Agent),
 }
 
+/// What `--version` says after the name: container engines look for the word, and for the specification's version.
+const VERSION: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.1.0");
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -100,5 +103,11 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_version_names_the_specification() {
+        let spec = format!("\nspec: {}", oci_spec::runtime::VERSION);
+        assert!(VERSION.ends_with(&spec), "{VERSION}");
     }
 }

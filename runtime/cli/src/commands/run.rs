@@ -24,6 +24,9 @@ pub(crate) struct Run {
     /// Do not delete it when it has ended
     #[arg(long)]
     keep: bool,
+    /// Accepted for runc's callers: godwit adopts no processes that lose their parent
+    #[arg(long, hide = true)]
+    no_subreaper: bool,
     #[command(flatten)]
     from: From,
 }

@@ -45,14 +45,14 @@ pub(crate) struct Update {
     /// Memory nodes it may use
     #[arg(long, value_name = "LIST")]
     cpuset_mems: Option<String>,
-    /// Memory limit in bytes
-    #[arg(long, value_name = "BYTES", allow_negative_numbers = true)]
+    /// Memory limit in bytes, or with a unit such as 64M or 1.5g
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true, value_parser = parse_bytes)]
     memory: Option<i64>,
-    /// Memory it should get back to under pressure, in bytes
-    #[arg(long, value_name = "BYTES", allow_negative_numbers = true)]
+    /// Memory it should get back to under pressure, in bytes or with a unit
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true, value_parser = parse_bytes)]
     memory_reservation: Option<i64>,
-    /// Limit of memory and swap together, in bytes
-    #[arg(long, value_name = "BYTES", allow_negative_numbers = true)]
+    /// Limit of memory and swap together, in bytes or with a unit
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true, value_parser = parse_bytes)]
     memory_swap: Option<i64>,
     /// Number of processes it may have
     #[arg(long, value_name = "COUNT", allow_negative_numbers = true)]
@@ -122,4 +122,62 @@ fn read(file: &Path) -> Result<LinuxResources> {
         (what, text)
     };
     serde_json::from_str(&text).map_err(CliError::json(what))
+}
+
+/// Reads a size as runc takes it: digits, perhaps with a fraction, and a unit of powers of 1024.
+fn parse_bytes(text: &str) -> std::result::Result<i64, String> {
+    let unit_at = text.find(|c: char| !matches!(c, '0'..='9' | '.' | '-')).unwrap_or(text.len());
+    let (number, unit) = text.split_at(unit_at);
+    let unit = unit.trim_start().to_ascii_lowercase();
+    let shift = match unit.strip_suffix('b').unwrap_or(&unit).trim_end_matches('i') {
+        "" => Some(0),
+        "k" => Some(10),
+        "m" => Some(20),
+        "g" => Some(30),
+        "t" => Some(40),
+        "p" => Some(50),
+        _ => None,
+    };
+    let bytes = || {
+        if let Ok(whole) = number.parse::<i64>()
+            && whole < 0
+        {
+            // No size but a word: -1 lifts the limit.
+            return shift.filter(|shift| *shift == 0).map(|_| whole);
+        }
+        let unit_bytes = 1_i128 << shift?;
+        let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+        let digits = u32::try_from(fraction.len()).ok().filter(|digits| *digits <= FRACTION_DIGITS_MAX)?;
+        let tens = 10_i128.pow(digits);
+        let number = format!("{whole}{fraction}").parse::<i64>().ok()?;
+        i64::try_from(i128::from(number) * unit_bytes / tens).ok()
+    };
+    bytes().ok_or_else(|| "expected a number of bytes, perhaps with a unit: 67108864, 64M, 1.5g".to_owned())
+}
+
+const FRACTION_DIGITS_MAX: u32 = 9;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_runcs_units() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("67108864", 67_108_864),
+            ("64m", 67_108_864),
+            ("64M", 67_108_864),
+            ("64 MiB", 67_108_864),
+            ("64mb", 67_108_864),
+            ("1.5g", 1_610_612_736),
+            ("7b", 7),
+            ("-1", -1),
+        ] {
+            assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "m", "1x", "1.2.3", "-1m", "--1", "9999999999p", "1.00000000001g"] {
+            assert!(parse_bytes(text).is_err(), "{text}");
+        }
+    }
 }

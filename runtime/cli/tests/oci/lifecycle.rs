@@ -20,6 +20,8 @@ mod tests {
         every_process_is_signalled_by_all,
         hooks_are_run_with_the_state,
         containers_are_listed,
+        answers_have_their_fields_and_no_others,
+        the_version_has_the_word_and_the_specifications,
         a_spec_is_written_once,
     );
 }
@@ -220,4 +222,26 @@ fn a_spec_is_written_once(bed: &Bed) {
         serde_json::from_slice(&fs::read(directory.path().join("config.json")).unwrap()).unwrap();
     assert_eq!(config["process"]["args"], json!(["sh"]));
     assert!(!spec(bed).success());
+}
+
+fn answers_have_their_fields_and_no_others(bed: &Bed) {
+    let _container = bed.start("web");
+    let fields = |object: &Value| object.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
+    let expected = "annotations bundle created id ociVersion owner pid rootfs status";
+    assert_eq!(fields(&bed.state("web")), expected);
+    let list: Value = serde_json::from_str(&bed.ok(&["list", "--format", "json"])).unwrap();
+    assert_eq!(fields(&list[0]), expected);
+    let event: Value = serde_json::from_str(&bed.ok(&["events", "--stats", "web"])).unwrap();
+    assert_eq!(fields(&event), "data id type");
+    let sections = "blkio cpu cpuset hugetlb intel_rdt memory network_interfaces pids";
+    assert_eq!(fields(&event["data"]), sections);
+    assert_eq!(fields(&event["data"]["cpu"]), "throttling usage");
+}
+
+/// dockerd takes a runtime whose answer lacks them for one that does not work.
+fn the_version_has_the_word_and_the_specifications(bed: &Bed) {
+    let text = bed.ok(&["--version"]);
+    let mut lines = text.lines();
+    assert!(lines.next().is_some_and(|line| line.split(' ').nth(1) == Some("version")), "{text}");
+    assert!(lines.any(|line| line.starts_with("spec: 1.")), "{text}");
 }

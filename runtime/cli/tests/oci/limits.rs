@@ -16,6 +16,8 @@ mod tests {
     );
 }
 
+/// What version 1 shows for no limit at all: the largest multiple of a page.
+const UNLIMITED: &str = "9223372036854771712";
 const MEMORY_LIMIT: [&str; 2] = ["memory.limit_in_bytes", "memory.max"];
 
 fn limits_are_updated(bed: &Bed) {
@@ -35,6 +37,12 @@ fn limits_are_updated(bed: &Bed) {
     assert_eq!(bed.cgroup_file(["pids.max"; 2]), "77");
     let quota = bed.cgroup_file(["cpu.cfs_quota_us", "cpu.max"]);
     assert!(quota == "50000" || quota == "50000 100000", "{quota}");
+    for (text, bytes) in [("96m", "100663296"), ("100MiB", "104857600"), ("-1", UNLIMITED)] {
+        let swap = if text == "-1" { &["--memory-swap", "-1"][..] } else { &[] };
+        bed.ok(&[&["update", "--memory", text], swap, &["web"]].concat());
+        let now = bed.cgroup_file(MEMORY_LIMIT);
+        assert!(now == bytes || (text == "-1" && now == "max"), "{text}: {now}");
+    }
     assert_eq!(bed.fails(&["update", "--memory", "1", "absent"]), "container does not exist");
 }
 

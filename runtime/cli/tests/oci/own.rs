@@ -38,7 +38,7 @@ fn a_foreground_run_gives_the_exit_code_and_deletes_the_container() {
     Bed::with(Runtime::Godwit, |bed| {
         bed.configure(|spec| spec["process"]["args"] = json!(["sh", "-c", "echo here; exit 6"]));
         let bundle = bed.bundle();
-        let output = bed.run(&["run", "--bundle", bundle.to_str().unwrap(), "web"]);
+        let output = bed.run(&["run", "--no-subreaper", "--bundle", bundle.to_str().unwrap(), "web"]);
         assert_eq!((output.status.code(), &output.stdout[..]), (Some(6), &b"here\n"[..]));
         assert_eq!(bed.fails(&["state", "web"]), "container does not exist");
     });
