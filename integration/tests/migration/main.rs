@@ -6,6 +6,7 @@ mod disk;
 mod programs;
 mod records;
 mod servers;
+mod view;
 mod workload;
 
 use std::process::ExitCode;
@@ -42,6 +43,7 @@ fn cases() -> Vec<Case> {
     cases.extend(programs::cases());
     cases.extend(servers::cases());
     cases.extend(records::cases());
+    cases.extend(view::cases());
     cases.extend(asking::cases());
     cases.extend(disk::cases());
     cases

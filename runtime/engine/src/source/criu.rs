@@ -71,8 +71,7 @@ impl Checkpointer for CriuCheckpointer {
             tcp_established: true,
             external_unix_sockets: true,
             file_locks: true,
-            // Not before it is known why an exec found no root after a move whose agent had been killed.
-            shortcuts: false,
+            shortcuts: true,
             hidden: hidden.cloned(),
             ..CheckpointOptions::new(images)
         };
