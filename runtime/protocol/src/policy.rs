@@ -10,7 +10,12 @@
 //!
 //! Rounds *converge* while every few of them leave clearly less to send ([`SHRINK`], [`STALLED_MAX`]).
 //!
-//! | way | enough, or within the limit and no longer converging | stalled or spent |
+//! Pages that are written in every round are *hot*: a round may hold them back, and the freeze has to send them.
+//! So they count for the downtime and not for what a round can still save. When there is next to nothing but hot pages
+//! left, rounds gain nothing any more, as if they had stalled; should one be made all the same, in the hope of a calmer
+//! program, it holds nothing back ([`RoundStats::holds_back`]).
+//!
+//! | way | enough, or within the limit and no longer converging | stalled, all hot, or spent |
 //! |---|---|---|
 //! | pre-copy | switch over | switch over, at a calm moment if there is one |
 //! | hybrid | switch over if enough, else post-copy | post-copy |
@@ -33,6 +38,8 @@ pub struct RoundStats {
     pub bytes_per_s: f64,
     /// Bytes that were written since the scan before: what the next round, or the freeze, has to send.
     pub pending_bytes: u64,
+    /// Those of them that are hot: written in every one of the last rounds.
+    pub hot_bytes: u64,
     /// What a switchover costs beside the pages.
     pub fixed: Duration,
 }
@@ -41,9 +48,35 @@ impl RoundStats {
     /// Returns the downtime to be expected if the container were frozen now and all pages sent.
     #[must_use]
     pub fn expected_downtime(&self) -> Duration {
+        self.fixed + self.transfer(self.pending_bytes)
+    }
+
+    /// Returns whether another round leaves the hot pages to the freeze: it does if it has others that are worth it.
+    #[must_use]
+    pub fn holds_back(&self) -> bool {
+        self.hot_bytes > 0 && !self.is_little(self.pending_bytes.saturating_sub(self.hot_bytes))
+    }
+
+    /// How long another round would take.
+    fn next_round(&self) -> Duration {
+        let held = if self.holds_back() { self.hot_bytes } else { 0 };
+        self.transfer(self.pending_bytes.saturating_sub(held))
+    }
+
+    /// Whether there is something left, and next to nothing of it is not hot.
+    fn is_all_hot(&self) -> bool {
+        self.hot_bytes > 0 && !self.holds_back()
+    }
+
+    /// Whether sending so much is little beside what a freeze costs anyhow.
+    fn is_little(&self, bytes: u64) -> bool {
+        self.transfer(bytes) <= self.fixed.mul_f64(WORTH)
+    }
+
+    fn transfer(&self, bytes: u64) -> Duration {
         #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-        let transfer_s = self.pending_bytes as f64 / self.bytes_per_s.max(1.0);
-        self.fixed + Duration::try_from_secs_f64(transfer_s).unwrap_or(Duration::MAX / 2)
+        let transfer_s = bytes as f64 / self.bytes_per_s.max(1.0);
+        Duration::try_from_secs_f64(transfer_s).unwrap_or(Duration::MAX / 2)
     }
 }
 
@@ -99,9 +132,10 @@ impl Policy for Converging {
         let near = expected <= best.mul_f64(NEAR);
         let stalled = self.stalled >= STALLED_MAX;
         let spent = self.is_spent(stats);
-        // What is left is little beside what a freeze costs anyhow: another round would gain nothing.
-        let enough = expected <= stats.fixed.mul_f64(1.0 + WORTH);
-        let over = enough || stalled || spent;
+        // Another round would gain nothing.
+        let enough = stats.is_little(stats.pending_bytes);
+        let hot = stats.is_all_hot();
+        let over = enough || hot || stalled || spent;
         let short = expected <= limit && (over || self.stalled > 0);
         match self.way {
             Way::Hybrid if enough => Verdict::SwitchOver,
@@ -116,7 +150,7 @@ impl Policy for Converging {
             Way::Auto => Verdict::NextRound,
             _ if enough || spent => Verdict::SwitchOver,
             // Not in the middle of a burst, if there are calmer moments.
-            _ if stalled && (near || self.stalled >= 2 * STALLED_MAX) => Verdict::SwitchOver,
+            _ if (stalled || hot) && (near || self.stalled >= 2 * STALLED_MAX) => Verdict::SwitchOver,
             _ => Verdict::NextRound,
         }
     }
@@ -142,9 +176,9 @@ impl Converging {
 
     /// Whether there is no room for another round.
     fn is_spent(&self, stats: &RoundStats) -> bool {
-        let next = stats.expected_downtime().saturating_sub(stats.fixed);
         let timeout = Duration::from_secs(self.limits.timeout_s.into());
-        stats.round + 1 >= self.limits.max_rounds || stats.elapsed.saturating_add(next) >= timeout
+        stats.round + 1 >= self.limits.max_rounds
+            || stats.elapsed.saturating_add(stats.next_round()) >= timeout
     }
 
     fn numbers(&self, stats: &RoundStats, best: Duration) -> String {
@@ -190,13 +224,20 @@ mod tests {
     /// Runs rounds of a program that writes `written(round)` bytes in each, at 1 GB/s; returns the last verdict, and
     /// after how many rounds.
     fn run(way: Way, limits: Limits, written: impl Fn(u32) -> u64) -> (Verdict, u32) {
+        run_hot(way, limits, |round| (written(round), 0))
+    }
+
+    /// The same with what of it is hot.
+    fn run_hot(way: Way, limits: Limits, written: impl Fn(u32) -> (u64, u64)) -> (Verdict, u32) {
         let mut policy = of(way, limits);
         for round in 0..10_000 {
+            let (pending_bytes, hot_bytes) = written(round);
             let stats = RoundStats {
                 round,
                 elapsed: Duration::from_secs(u64::from(round)),
                 bytes_per_s: 1e9,
-                pending_bytes: written(round),
+                pending_bytes,
+                hot_bytes,
                 fixed: Duration::from_millis(100),
             };
             match policy.on_round(&stats) {
@@ -284,12 +325,68 @@ mod tests {
     }
 
     #[test]
+    fn rounds_end_when_all_that_is_left_is_hot() {
+        let limits = Limits::default();
+        let allowed = Limits { allow_postcopy: true, ..limits };
+        // From the third round on, so many MB are written in each, and at most 5 of them are not hot.
+        let hot = |mb: u64| move |round| if round < 2 { (1000 * MB, 0) } else { (mb * MB, (mb - 5) * MB) };
+        // Way, limits, MB, verdict. Not hot, it would take three rounds more to see that they stall.
+        let rows = [
+            (Way::Precopy, limits, 100, Verdict::SwitchOver),
+            (Way::Precopy, limits, 700, Verdict::SwitchOver),
+            (Way::Hybrid, limits, 500, Verdict::GoPostcopy),
+            (Way::Auto, limits, 100, Verdict::SwitchOver),
+            (Way::Auto, limits, 700, Verdict::SwitchOver),
+            (Way::Auto, allowed, 700, Verdict::GoPostcopy),
+        ];
+        for (way, limits, mb, expected) in rows {
+            let (verdict, rounds) = run_hot(way, limits, hot(mb));
+            assert_eq!((&verdict, rounds), (&expected, 3), "{way:?} {mb}");
+        }
+    }
+
+    #[test]
+    fn what_is_held_back_counts_for_the_downtime_and_not_for_the_next_round() {
+        let stats = |pending_mb: u64, hot_mb: u64| RoundStats {
+            round: 0,
+            elapsed: Duration::from_secs(1),
+            bytes_per_s: 1e9,
+            pending_bytes: pending_mb * MB,
+            hot_bytes: hot_mb * MB,
+            fixed: Duration::from_millis(100),
+        };
+        // Pending, hot, whether they are held back, expected downtime, time of the next round.
+        let rows = [
+            (500, 0, false, 600, 500),
+            (500, 200, true, 600, 300),
+            (500, 489, true, 600, 11),
+            // Nothing is worth a round: one that is made all the same sends everything.
+            (500, 491, false, 600, 500),
+            (500, 500, false, 600, 500),
+            (0, 0, false, 100, 0),
+        ];
+        for (pending, hot, held, expected_ms, next_ms) in rows {
+            let stats = stats(pending, hot);
+            let found = (stats.holds_back(), stats.expected_downtime(), stats.next_round());
+            let expected = (held, Duration::from_millis(expected_ms), Duration::from_millis(next_ms));
+            assert_eq!(found, expected, "{pending} {hot}");
+        }
+    }
+
+    #[test]
+    fn a_program_that_is_hot_beyond_what_is_tolerable_is_waited_for() {
+        let hot = |round: u32| if round < 12 { (5000 * MB, 5000 * MB) } else { (MB, 0) };
+        assert_eq!(run_hot(Way::Auto, Limits::default(), hot), (Verdict::SwitchOver, 13));
+    }
+
+    #[test]
     fn a_fixed_cost_above_the_limit_is_not_fought_with_rounds() {
         let stats = |fixed_ms| RoundStats {
             round: 0,
             elapsed: Duration::from_secs(1),
             bytes_per_s: 1e9,
             pending_bytes: 0,
+            hot_bytes: 0,
             fixed: Duration::from_millis(fixed_ms),
         };
         let verdict = |way, fixed_ms| of(way, Limits::default()).on_round(&stats(fixed_ms));
@@ -298,8 +395,8 @@ mod tests {
         assert_eq!(verdict(Way::Auto, 9000), Verdict::SwitchOver);
     }
 
-    fn a_history() -> impl Strategy<Value = Vec<(u64, f64, u64)>> {
-        proptest::collection::vec((0..20_000 * MB, 1e6..1e10, 0..20_000_u64), 40)
+    fn a_history() -> impl Strategy<Value = Vec<(u64, u64, f64, u64)>> {
+        proptest::collection::vec((0..20_000 * MB, 0..=100_u64, 1e6..1e10, 0..20_000_u64), 40)
     }
 
     proptest! {
@@ -317,9 +414,10 @@ mod tests {
             let mut policy = of(way, limits);
             let mut elapsed = Duration::ZERO;
             let fixed = Duration::from_millis(fixed_ms);
-            for (round, (pending_bytes, bytes_per_s, took_ms)) in (0_u32..).zip(history) {
+            for (round, (pending_bytes, hot_percent, bytes_per_s, took_ms)) in (0_u32..).zip(history) {
                 elapsed += Duration::from_millis(took_ms);
-                let stats = RoundStats { round, elapsed, bytes_per_s, pending_bytes, fixed };
+                let hot_bytes = pending_bytes / 100 * hot_percent;
+                let stats = RoundStats { round, elapsed, bytes_per_s, pending_bytes, hot_bytes, fixed };
                 let verdict = policy.on_round(&stats);
                 let expected = stats.expected_downtime();
                 let limit = Duration::from_millis(downtime_limit_ms.into());

@@ -183,6 +183,8 @@ pub enum Event {
     Scanned {
         /// Pages to be sent.
         pages: u64,
+        /// Those of them that were written in each of the last scans, as many as the limits say.
+        hot_pages: u64,
     },
     /// A round has been sent. May come before or after the target says that it has it.
     RoundSent(RoundSent),
@@ -288,6 +290,8 @@ pub enum Action {
     SendRound {
         /// Its number.
         round: u32,
+        /// Whether hot pages are left to the freeze.
+        hold_back: bool,
     },
     /// Freeze every task. Answered by `Froze`.
     Freeze,

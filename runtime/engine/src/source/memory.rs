@@ -50,6 +50,7 @@ enum Order {
     Scan,
     SendRound {
         round: u32,
+        hold_back: bool,
     },
     Cut {
         leave_pages: bool,
@@ -100,13 +101,14 @@ impl Memory {
     ) -> std::io::Result<Self> {
         let (orders, received) = channel();
         let hidden = Hidden::default();
+        let pending = Pending::of(route.hot_threshold);
         let follower = Follower {
             route,
             tasks,
             hidden: hidden.clone(),
             tracker: None,
             streams: None,
-            pending: Pending::default(),
+            pending,
             round: 0,
             remote: Vec::new(),
             sent,
@@ -133,8 +135,9 @@ impl Memory {
         self.order(Order::Scan);
     }
 
-    pub(super) fn send_round(&self, round: u32) {
-        self.order(Order::SendRound { round });
+    /// Sends what the last scan found; with `hold_back`, what is written all the time is left.
+    pub(super) fn send_round(&self, round: u32, hold_back: bool) {
+        self.order(Order::SendRound { round, hold_back });
     }
 
     /// Finds, hides and sends what is left of the frozen tasks' memory; the plan goes over `link`. Of pages that are left
@@ -200,9 +203,13 @@ impl Follower {
         for order in orders {
             let done = match order {
                 Order::Open => self.open(&tell),
-                Order::Scan => self.scan(false).map(|pages| tell(Told::Event(Event::Scanned { pages }))),
-                Order::SendRound { round } => {
-                    self.send_round(round).map(|sent| tell(Told::Event(Event::RoundSent(sent))))
+                Order::Scan => self.scan(false).map(|()| {
+                    let (pages, hot_pages) = (self.pending.pages(), self.pending.hot_pages());
+                    tell(Told::Event(Event::Scanned { pages, hot_pages }));
+                }),
+                Order::SendRound { round, hold_back } => {
+                    let work = self.pending.take_round(hold_back);
+                    self.send(round, &work).map(|sent| tell(Told::Event(Event::RoundSent(sent))))
                 }
                 Order::Cut { leave_pages, link, hidden, planned, begin_push } => {
                     let cut = self.cut(leave_pages, &link, &hidden).and_then(|()| Ok(planned.send(())?));
@@ -241,16 +248,14 @@ impl Follower {
         Ok(())
     }
 
-    /// Returns how many pages have contents to be sent.
-    fn scan(&mut self, frozen: bool) -> Result<u64, Cause> {
+    fn scan(&mut self, frozen: bool) -> Result<(), Cause> {
         let processes = self.tasks.processes()?;
         let collection = match &mut self.tracker {
             Some(tracker) if frozen => tracker.collect_frozen(&processes)?,
             Some(tracker) => tracker.collect(&processes)?,
             None => tracker::everything(&processes)?,
         };
-        self.note(&collection)?;
-        Ok(self.pending.pages())
+        self.note(&collection)
     }
 
     fn note(&mut self, collection: &Collection) -> Result<(), Cause> {
@@ -265,11 +270,6 @@ impl Follower {
             }
         }
         Ok(())
-    }
-
-    fn send_round(&mut self, round: u32) -> Result<RoundSent, Cause> {
-        let work = self.pending.take_round(self.route.hot_threshold);
-        self.send(round, &work)
     }
 
     fn send(&mut self, round: u32, work: &[SpaceWork]) -> Result<RoundSent, Cause> {

@@ -248,7 +248,9 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
     fn act_surely(&mut self, action: Action, source: &Source) {
         match action {
             Action::Scan => self.with_memory(Memory::scan),
-            Action::SendRound { round } => self.with_memory(|memory| memory.send_round(round)),
+            Action::SendRound { round, hold_back } => {
+                self.with_memory(|memory| memory.send_round(round, hold_back));
+            }
             Action::Serve => self.with_memory(Memory::serve),
             Action::Connect => self.connect(),
             Action::SendBlobs => self.send_blobs(),

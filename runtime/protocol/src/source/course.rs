@@ -34,6 +34,8 @@ pub(super) struct Course {
     scanned: [Tick; 2],
     /// Pages that the last scan found.
     pending_pages: u64,
+    /// Whether a round leaves those of them that are hot.
+    holds_back: bool,
 }
 
 impl Course {
@@ -48,6 +50,7 @@ impl Course {
             begun: Tick(0),
             scanned: [Tick(0); 2],
             pending_pages: 0,
+            holds_back: false,
         }
     }
 
@@ -94,8 +97,13 @@ impl Course {
         self.scanned = [now; 2];
     }
 
+    /// Whether the next round leaves pages that are written in every round.
+    pub(super) const fn holds_back(&self) -> bool {
+        self.holds_back
+    }
+
     /// Takes what a scan found and says what comes next. The first is always followed by a round.
-    pub(super) fn scanned(&mut self, pages: u64, now: Tick) -> Verdict {
+    pub(super) fn scanned(&mut self, pages: u64, hot_pages: u64, now: Tick) -> Verdict {
         self.scanned = [self.scanned[1], now];
         self.pending_pages = pages;
         let Some(last) = self.rounds.last_mut() else { return Verdict::NextRound };
@@ -104,8 +112,10 @@ impl Course {
             elapsed: since(now, self.begun),
             bytes_per_s: bandwidth(&self.rounds),
             pending_bytes: pages * PAGE_BYTES,
+            hot_bytes: hot_pages * PAGE_BYTES,
             fixed: self.settings.fixed,
         };
+        self.holds_back = stats.holds_back();
         let expected = stats.expected_downtime();
         if let Some(last) = self.rounds.last_mut() {
             last.expected_downtime_ms = expected.as_secs_f64() * 1e3;

@@ -106,14 +106,16 @@ fn copying(state: State, course: &mut Course, event: Event, now: Tick) -> Next {
                 freeze(now)
             }
         }
-        (State::Scanning { round }, Event::Scanned { pages }) => match course.scanned(pages, now) {
-            Verdict::NextRound => {
-                let state = State::SendingRound { round, sent: None, received: false };
-                (state, vec![Action::SendRound { round }])
+        (State::Scanning { round }, Event::Scanned { pages, hot_pages }) => {
+            match course.scanned(pages, hot_pages, now) {
+                Verdict::NextRound => {
+                    let state = State::SendingRound { round, sent: None, received: false };
+                    (state, vec![Action::SendRound { round, hold_back: course.holds_back() }])
+                }
+                Verdict::SwitchOver | Verdict::GoPostcopy => freeze(now),
+                Verdict::Abort { cause } => roll_back(&State::Scanning { round }, Side::Source, cause, true),
             }
-            Verdict::SwitchOver | Verdict::GoPostcopy => freeze(now),
-            Verdict::Abort { cause } => roll_back(&State::Scanning { round }, Side::Source, cause, true),
-        },
+        }
         (State::SendingRound { round, sent: None, received }, Event::RoundSent(sent)) => {
             sending(round, Some(sent), received, course, now)
         }

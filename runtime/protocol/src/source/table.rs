@@ -228,7 +228,7 @@ fn events() -> Vec<Event> {
         Event::LinkUp,
         Event::RootfsSent,
         Event::StreamsOpen,
-        Event::Scanned { pages: 7 },
+        Event::Scanned { pages: 7, hot_pages: 3 },
         Event::RoundSent(RoundSent::default()),
         Event::Froze,
         Event::Dumped,
@@ -315,7 +315,7 @@ fn pages_are_left_by_post_copy_and_when_the_policy_says_so() {
         course.take(way);
         if way.has_rounds() {
             course = Course::amid(way, course.leaves_pages(), verdict);
-            drop(course.scanned(7, Tick(5)));
+            drop(course.scanned(7, 0, Tick(5)));
         }
         let state = State::Freezing { watch: Stopwatch::freeze(Tick(0)) };
         let step = Source { state, course, entered: Tick(0) }.step(Event::Froze, Tick(9));

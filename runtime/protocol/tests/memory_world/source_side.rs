@@ -56,9 +56,9 @@ impl World {
             Action::OpenStreams => self.soon(soon(source::Event::StreamsOpen)),
             Action::Scan => {
                 self.collect();
-                self.soon(soon(source::Event::Scanned { pages: self.found.pages() }));
+                self.soon(soon(source::Event::Scanned { pages: self.found.pages(), hot_pages: 0 }));
             }
-            Action::SendRound { round } => self.send_round(round),
+            Action::SendRound { round, .. } => self.send_round(round),
             Action::Freeze => {
                 self.source_runs = false;
                 self.oracle = program::seen(&self.memory);

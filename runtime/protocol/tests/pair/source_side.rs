@@ -72,9 +72,10 @@ impl World {
             Action::OpenStreams => self.at_source(source::Event::StreamsOpen),
             Action::Scan => {
                 let pages = self.below(1_000_000);
-                self.at_source(source::Event::Scanned { pages });
+                let hot_pages = self.below(pages + 1);
+                self.at_source(source::Event::Scanned { pages, hot_pages });
             }
-            Action::SendRound { round } => {
+            Action::SendRound { round, .. } => {
                 // The streams run beside the main link: either may be first to speak of the round.
                 self.send(Lane::Pages, Happening::ToTarget(target::Event::RoundComplete(round)));
                 let bytes = self.below(1 << 32);
