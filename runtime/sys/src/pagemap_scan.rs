@@ -13,6 +13,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 
@@ -38,7 +39,8 @@ impl Categories {
     pub const ZERO: Self = Self(1 << 5);
     /// Part of a huge page.
     pub const HUGE: Self = Self(1 << 6);
-    /// A guard page (`MADV_GUARD_INSTALL`, kernel 6.15): it holds nothing and must not be touched.
+    /// A guard page (`MADV_GUARD_INSTALL`): it holds nothing and must not be touched. Kernels before 6.15 have no such
+    /// category, and refuse a scan that names it; see [`Scan::report`].
     pub const GUARD: Self = Self(1 << 8);
 
     /// Both.
@@ -49,6 +51,11 @@ impl Categories {
     /// Whether all of `other` are in `self`.
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
+    }
+
+    /// Those in `self` that are not in `other`.
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
     }
 
     /// Whether any of `other` is in `self`.
@@ -92,7 +99,8 @@ pub struct Scan {
     pub all_of: Categories,
     /// A page must have one of these, if any is given.
     pub any_of: Categories,
-    /// What is reported of a page.
+    /// What is reported of a page. [`Categories::GUARD`] may be asked for on any kernel, and is reported of no page
+    /// where the kernel does not know it.
     pub report: Categories,
 }
 
@@ -139,6 +147,12 @@ impl Pagemap {
     /// for it (pages below it may have been protected), `ENOTTY` or `EINVAL` when the kernel has no such call, `ESRCH`
     /// when the process has ended since it was opened.
     pub fn scan(&self, range: PageRange, scan: Scan, buffer: &mut [Region]) -> Result<Scanned> {
+        let asks_in_vain = scan.report.intersects(Categories::GUARD) && !knows_guard_pages();
+        let report = if asks_in_vain { scan.report.without(Categories::GUARD) } else { scan.report };
+        self.ask(range, Scan { report, ..scan }, buffer)
+    }
+
+    fn ask(&self, range: PageRange, scan: Scan, buffer: &mut [Region]) -> Result<Scanned> {
         let mut argument = ScanArgument {
             size: size_of::<ScanArgument>() as u64,
             flags: if scan.protect { WP_MATCHING | CHECK_WPASYNC } else { 0 },
@@ -204,6 +218,18 @@ impl Pagemap {
         }
         Ok(count)
     }
+}
+
+/// Whether this kernel tells guard pages apart, found out on a page of our own.
+fn knows_guard_pages() -> bool {
+    static KNOWS: OnceLock<bool> = OnceLock::new();
+    *KNOWS.get_or_init(|| {
+        let Ok(file) = File::open("/proc/self/pagemap") else { return true };
+        let scan = Scan { report: Categories::GUARD, ..Scan::default() };
+        let answer = Pagemap { file }.ask(PageRange::page_at(0x1_0000), scan, &mut [Region::default()]);
+        // What is wrong otherwise is for whoever scans in earnest to hear.
+        !matches!(answer, Err(SysError::Call { errno: Errno::EINVAL, .. }))
+    })
 }
 
 impl AsFd for Pagemap {
@@ -328,6 +354,18 @@ mod tests {
         assert_eq!(written(&arena), []);
         assert_eq!(arena.load(5 * 512), 0);
         assert_eq!(written(&arena), [(5, 1)], "the page of zeros is new");
+    }
+
+    /// On any kernel, those before 6.15 included, which know no guard pages.
+    #[test]
+    fn guard_pages_may_be_asked_for_where_there_are_none() {
+        let arena = Arena::map(2 * PAGE_BYTES).unwrap();
+        arena.store(0, 1);
+        let scan = Scan { protect: false, report: Categories::PRESENT.with(Categories::GUARD), ..WRITTEN };
+        let scan = Scan { all_of: Categories::PRESENT, ..scan };
+        let mut buffer = [Region::default(); 4];
+        let scanned = own().scan(arena.range(), scan, &mut buffer).unwrap();
+        assert_eq!((scanned.count, buffer[0].categories), (1, Categories::PRESENT));
     }
 
     #[test]
