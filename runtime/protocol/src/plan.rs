@@ -46,6 +46,9 @@ pub struct Abilities {
     /// Follow which pages are written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cannot_track: Option<String>,
+    /// Follow it without a halt of the container in each round.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cannot_track_running: Option<String>,
     /// Dump with CRIU without the pages.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cannot_hide: Option<String>,
@@ -111,7 +114,13 @@ impl Plan {
             Some(why) if way.has_rounds() => Err(format!(
                 "{mode} needs to know which pages are written, and the source cannot tell: {why}; use native or postcopy"
             )),
-            _ => Ok(Self { way, notes: Vec::new() }),
+            _ => {
+                let halts = source.cannot_track_running.iter().filter(|_| way.has_rounds());
+                let note = |why| {
+                    format!("each round halts the container, to read which pages are soft-dirty: {why}")
+                };
+                Ok(Self { way, notes: halts.map(note).collect() })
+            }
         }
     }
 }
@@ -151,6 +160,18 @@ mod tests {
         assert!(plan.way == Way::Postcopy && plan.notes[0].contains("kernel 6.7"));
         assert_eq!(choose(Mode::Auto, false, &blind, &able).unwrap().way, Way::Native);
         assert_eq!(choose(Mode::Native, false, &blind, &able).unwrap().notes, Vec::<String>::new());
+    }
+
+    #[test]
+    fn rounds_that_halt_the_container_are_made_and_said_to() {
+        let able = Abilities::default();
+        let halting =
+            Abilities { cannot_track_running: Some("no userfaultfd".to_owned()), ..Abilities::default() };
+        for mode in Mode::ALL {
+            let plan = choose(mode, false, &halting, &able).unwrap();
+            assert_eq!(plan.way, choose(mode, false, &able, &able).unwrap().way);
+            assert_eq!(plan.notes.iter().any(|note| note.contains("no userfaultfd")), mode.has_rounds());
+        }
     }
 
     fn ours(mode: Mode, source: &Abilities, target: &Abilities) -> bool {

@@ -57,8 +57,13 @@ impl Checkpointer for CriuCheckpointer {
     fn abilities(&self) -> Abilities {
         let cannot_track =
             self.tasks().and_then(|tasks| tasks.tracker()).err().map(|cause| cause.to_string());
+        // Soft-dirty bits are what is left then.
+        let cannot_track_running = WpAsyncTracker::new(STOP_LIMIT)
+            .err()
+            .filter(|_| cannot_track.is_none())
+            .map(|error| error.to_string());
         let cannot_hide = hide::probe().err().map(|error| error.to_string());
-        Abilities { cannot_track, cannot_hide, cannot_serve: None }
+        Abilities { cannot_track, cannot_track_running, cannot_hide, cannot_serve: None }
     }
 
     fn tasks(&self) -> Result<Box<dyn Tasks>, Cause> {
