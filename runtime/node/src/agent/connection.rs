@@ -82,5 +82,5 @@ fn ask(containerd: &Path, directory: &Path, migration: &MigrationId) -> Result<F
     Record::of(directory, migration).ask(|| target::end_task_of(containerd, directory, migration))
 }
 
-/// A peer that has connected has its first message ready.
-const FIRST_MESSAGE_MAX: Duration = Duration::from_secs(10);
+/// A source makes up its offer after it has connected, of what its containerd tells: on a busy host that takes a while.
+const FIRST_MESSAGE_MAX: Duration = Duration::from_secs(60);
