@@ -18,6 +18,7 @@ pub mod descriptors;
 pub mod error;
 pub(crate) mod external;
 pub mod hiding;
+pub mod in_flight;
 pub mod machine;
 pub(crate) mod mountinfo;
 pub(crate) mod paths;

@@ -18,6 +18,9 @@
 //! SendingRound --RoundReceived [not sent]--> SendingRound
 //! SendingRound --RoundReceived [sent]--> Scanning
 //! Freezing --Froze--> Dumping
+//! Freezing --Unsettled [tries left]--> Settling
+//! Freezing --Unsettled [last try]--> RollingBack
+//! Settling --Deadline--> Freezing
 //! Dumping --Dumped--> Transferring
 //! Transferring --StateSent--> AwaitingReceipt
 //! AwaitingReceipt --Received--> Restoring
@@ -61,7 +64,7 @@
 //! RollingBack --RollbackFailed--> Done
 //! ```
 //! Beside these, in every state before `Committing`: `Rejected`, `Aborted`, `LinkLost`, `Failed`, `Cancel`,
-//! `Deadline` and any message of the target that has no place there lead to `RollingBack`. In `Committing` and
+//! `Deadline` (but in `Settling`, where it is what is waited for) and any message of the target that has no place there lead to `RollingBack`. In `Committing` and
 //! `Serving` a message out of place means that the link cannot be trusted, as if it were lost. Anything else out of
 //! place is ignored. The table in `source/table.rs` says the same, and a test holds all three together.
 //!
@@ -72,6 +75,7 @@
 //!   since may never go on here.
 //! - The source's tasks, and with them its pages, are kept until the target has said that it lacks none.
 //! - Time is an argument. A state has at most one deadline ([`Source::deadline`]).
+//! - The tasks are thawed only where nothing has been dumped (`Settling`), or for good.
 //! - What a state knows is in its variant; the downtime is measured by a stopwatch that exists from the request to
 //!   freeze to the answer to COMMIT.
 
@@ -126,7 +130,8 @@ enum State {
     OpeningStreams,
     Scanning { round: u32 },
     SendingRound { round: u32, sent: Option<RoundSent>, received: bool },
-    Freezing { watch: Stopwatch },
+    Freezing { watch: Stopwatch, tries: u32 },
+    Settling { tries: u32 },
     Dumping { watch: Stopwatch },
     Transferring { watch: Stopwatch },
     AwaitingReceipt { watch: Stopwatch },
@@ -190,6 +195,12 @@ pub enum Event {
     RoundSent(RoundSent),
     /// Every task is frozen.
     Froze,
+    /// Every task was frozen, and runs again: something was under way that cannot be dumped, and that settles when the
+    /// tasks run.
+    Unsettled {
+        /// What it was.
+        cause: String,
+    },
     /// CRIU has written everything and waits for the word to kill or to let go on.
     Dumped,
     /// The images and the final pass have been sent, up to the manifest: this event has to come before the target
@@ -293,7 +304,7 @@ pub enum Action {
         /// Whether hot pages are left to the freeze.
         hold_back: bool,
     },
-    /// Freeze every task. Answered by `Froze`.
+    /// Freeze every task. Answered by `Froze`, or by `Unsettled`.
     Freeze,
     /// Let CRIU dump, and send images, the final pass and the rest of the pages while it does. Answered by
     /// `Dumped`, then `StateSent`.
@@ -364,6 +375,8 @@ pub const OPEN_STREAMS_MAX: Duration = Duration::from_secs(30);
 pub const ROUND_MAX: Duration = Duration::from_secs(3600);
 /// Time for the tasks to freeze.
 pub const FREEZE_MAX: Duration = Duration::from_secs(10);
+/// How often a freeze is tried that finds something under way.
+pub const FREEZE_TRIES: u32 = 100;
 /// Time for CRIU to dump. Generous: the pages of a large container are written in it.
 pub const DUMP_MAX: Duration = Duration::from_secs(600);
 /// Time for the rest of the transfer after the dump. A dead link is found sooner, by TCP.
@@ -482,7 +495,9 @@ impl State {
             Self::Preparing => Phase::Preparing,
             Self::CopyingRootfs | Self::AwaitingRootfs => Phase::CopyingRootfs,
             Self::OpeningStreams | Self::Scanning { .. } | Self::SendingRound { .. } => Phase::CopyingMemory,
+            // The tasks run for some of it, if need be.
             Self::Freezing { .. }
+            | Self::Settling { .. }
             | Self::Dumping { .. }
             | Self::Transferring { .. }
             | Self::AwaitingReceipt { .. } => Phase::Frozen,
@@ -508,6 +523,7 @@ impl State {
             Self::Preparing => Some(PREPARE_MAX),
             Self::CopyingRootfs | Self::AwaitingRootfs => Some(COPY_ROOTFS_MAX),
             Self::Freezing { .. } => Some(FREEZE_MAX),
+            Self::Settling { tries } => Some(settle_pause(*tries)),
             Self::Dumping { .. } => Some(DUMP_MAX),
             Self::Transferring { .. } | Self::AwaitingReceipt { .. } => Some(TRANSFER_MAX),
             Self::Restoring { .. } => Some(RESTORE_MAX),
@@ -524,6 +540,12 @@ impl State {
             | Self::Done { .. } => None,
         }
     }
+}
+
+/// How long the tasks run between two tries to freeze them. It varies, so as not to meet the same moment of what they do
+/// again and again, and is short: what waits for a task that runs is gone within a time slice.
+const fn settle_pause(tries: u32) -> Duration {
+    Duration::from_millis(1 + 3 * (tries as u64 % 7))
 }
 
 fn failure(phase: Phase, side: Side, fate: Fate, cause: String) -> Failure {

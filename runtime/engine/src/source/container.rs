@@ -48,6 +48,12 @@ pub trait Checkpointer {
     /// What kept a task from stopping; they run then.
     fn freeze(&mut self) -> Result<(), Cause>;
 
+    /// Returns what the frozen tasks have under way that CRIU cannot dump, and that settles when they run.
+    ///
+    /// # Errors
+    /// If that cannot be found out.
+    fn unsettled(&self) -> Result<Option<String>, Cause>;
+
     /// Lets the tasks run again and makes sure of it. A container that was frozen when it came here stays so.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use godwit_container::cgroup::FREEZE_LIMIT;
-use godwit_container::checkpoint::{CheckpointOptions, Decision, Dump, Hiding, Outcome};
+use godwit_container::checkpoint::{CheckpointOptions, Decision, Dump, Hiding, Outcome, in_flight};
 use godwit_container::{Stored, cgroup};
 use godwit_criu::Program;
 use godwit_memory::MemoryError;
@@ -90,6 +90,11 @@ impl Checkpointer for CriuCheckpointer {
     fn freeze(&mut self) -> Result<(), Cause> {
         self.frozen = Some(self.freezer.freeze(FREEZE_LIMIT)?);
         Ok(())
+    }
+
+    fn unsettled(&self) -> Result<Option<String>, Cause> {
+        let waits = |port| format!("a connection to port {port} of the container waits to be accepted");
+        Ok(in_flight::unaccepted(&self.stored)?.map(waits))
     }
 
     fn thaw(&mut self) -> Result<(), Cause> {

@@ -181,7 +181,15 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
 
     pub(super) fn freeze(&mut self) -> Result<(), Cause> {
         self.container.freeze()?;
-        self.report(News::Event(Event::Froze));
+        let event = match self.container.unsettled()? {
+            Some(cause) => {
+                self.container.thaw()?;
+                log::info!("the tasks run on for a moment: {cause}");
+                Event::Unsettled { cause }
+            }
+            None => Event::Froze,
+        };
+        self.report(News::Event(event));
         Ok(())
     }
 

@@ -79,6 +79,7 @@ fn conforms(bed: &mut impl Bed) {
 
     container.freeze().expect("freeze");
     assert!(bed.stands_still(), "a frozen container makes no progress");
+    assert_eq!(container.unsettled().expect("a look at it"), None, "it has nothing under way");
     drop(container);
     assert!(bed.runs(), "dropping thaws");
 
@@ -150,7 +151,7 @@ impl Bed for PretendedBed {
     }
 
     fn take(&self) -> Self::Checkpointer {
-        pretend::PretendedCheckpointer::new(self.tasks.clone(), self.rootfs.path().to_owned(), false)
+        pretend::PretendedCheckpointer::new(self.tasks.clone(), self.rootfs.path().to_owned(), false, 0)
     }
 
     fn adopt(&self) -> Self::Checkpointer {

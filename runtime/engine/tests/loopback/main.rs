@@ -99,6 +99,28 @@ fn a_refused_offer_names_its_reason() {
 }
 
 #[test]
+fn a_freeze_that_finds_something_under_way_is_tried_again() {
+    if !may_run() {
+        return;
+    }
+    let mut world = World::new(Plan { unsettled: 3, ..Plan::default() });
+    assert!(matches!(world.migrate(), End::Migrated(_)));
+    world.check(Fate::RunningOnTarget);
+}
+
+#[test]
+fn what_never_settles_leaves_the_container_on_the_source() {
+    if !may_run() {
+        return;
+    }
+    let mut world = World::new(Plan { unsettled: u32::MAX, ..Plan::default() });
+    let failure = world.fail();
+    assert!(failure.cause.contains("something is under way"), "{failure}");
+    assert_eq!((failure.side, failure.phase), (Side::Source, Phase::Frozen));
+    world.check(failure.fate);
+}
+
+#[test]
 fn a_failed_dump_or_restore_leaves_the_container_on_the_source() {
     if !may_run() {
         return;

@@ -1,5 +1,6 @@
 //! A container that is a value, with a CRIU that writes files.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
@@ -57,11 +58,14 @@ pub(crate) struct PretendedCheckpointer {
     /// Where the container writes a last file before it is frozen.
     rootfs: PathBuf,
     thaws: bool,
+    /// Freezes that find something under way, before one does not.
+    unsettled: Cell<u32>,
 }
 
 impl PretendedCheckpointer {
-    pub(crate) fn new(tasks: Side, rootfs: PathBuf, fails: bool) -> Self {
-        Self { thaws: tasks.get() == Tasks::Stopped, tasks, fails, rootfs }
+    pub(crate) fn new(tasks: Side, rootfs: PathBuf, fails: bool, unsettled: u32) -> Self {
+        let thaws = tasks.get() == Tasks::Stopped;
+        Self { thaws, tasks, fails, rootfs, unsettled: unsettled.into() }
     }
 }
 
@@ -94,6 +98,13 @@ impl Checkpointer for PretendedCheckpointer {
         self.tasks.set(Tasks::Stopped);
         self.thaws = true;
         Ok(())
+    }
+
+    fn unsettled(&self) -> Result<Option<String>, Cause> {
+        assert_eq!(self.tasks.get(), Tasks::Stopped);
+        let left = self.unsettled.get();
+        self.unsettled.set(left.saturating_sub(1));
+        Ok((left > 0).then(|| "something is under way".to_owned()))
     }
 
     fn thaw(&mut self) -> Result<(), Cause> {

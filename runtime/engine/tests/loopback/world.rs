@@ -42,6 +42,8 @@ pub(crate) struct Plan {
     pub(crate) dry_run: bool,
     pub(crate) reject: Option<&'static str>,
     pub(crate) dump_fails: bool,
+    /// Freezes that find something under way, before one does not.
+    pub(crate) unsettled: u32,
     pub(crate) restore_fails: bool,
     pub(crate) cancel_at: Option<Phase>,
     /// The first connection is cut after this many bytes in this direction.
@@ -105,7 +107,8 @@ impl World {
             rootfs: rootfs.clone(),
             fixed: Duration::ZERO,
         };
-        let container = PretendedCheckpointer::new(self.sides.0.clone(), rootfs, self.plan.dump_fails);
+        let Plan { dump_fails, unsettled, .. } = self.plan;
+        let container = PretendedCheckpointer::new(self.sides.0.clone(), rootfs, dump_fails, unsettled);
         let origin = PretendedOrigin { dry_run: self.plan.dry_run, cleaned_up: Arc::clone(&self.cleaned_up) };
         let (give, commands) = channel();
         let (plan, events) = (self.plan, &mut self.events);

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    ASK_PAUSE, Action, Course, End, Event, Failure, Fate, FateAnswer, Moved, Pass, PeerEvent, Resumed,
-    RoundSent, Side, State, Stopwatch, Tick, failure,
+    ASK_PAUSE, Action, Course, End, Event, FREEZE_TRIES, Failure, Fate, FateAnswer, Moved, Pass, PeerEvent,
+    Resumed, RoundSent, Side, State, Stopwatch, Tick, failure,
 };
 use crate::phase::Phase;
 use crate::policy::Verdict;
@@ -29,6 +29,7 @@ pub(super) fn next(state: State, course: &mut Course, event: Event, now: Tick) -
         },
         State::Burying { failure } => burying(failure, &event),
         State::RollingBack { failure } => rolling_back(failure, event),
+        State::Settling { tries } if event == Event::Deadline => freeze(tries, now),
         State::Done { end } => (State::Done { end }, vec![]),
         revocable => match give_up(&revocable, &event) {
             Some(next) => next,
@@ -61,7 +62,8 @@ fn go_on(state: State, course: &mut Course, event: Event, now: Tick) -> Next {
         (State::Preparing, Event::Peer(PeerEvent::Preparing(_))) => (State::Preparing, vec![]),
         (State::Preparing, Event::Peer(PeerEvent::Ready)) => (State::CopyingRootfs, vec![Action::SendRootfs]),
         (State::CopyingRootfs, Event::RootfsSent) => (State::AwaitingRootfs, vec![]),
-        (State::Freezing { mut watch }, Event::Froze) => {
+        (State::Freezing { tries, .. }, Event::Unsettled { cause }) => unsettled(tries, &cause),
+        (State::Freezing { mut watch, .. }, Event::Froze) => {
             watch.frozen(now);
             (State::Dumping { watch }, vec![Action::Dump { leave_pages: course.leaves_pages() }])
         }
@@ -95,7 +97,7 @@ fn copying(state: State, course: &mut Course, event: Event, now: Tick) -> Next {
             if course.way.is_ours() {
                 (State::OpeningStreams, vec![Action::OpenStreams])
             } else {
-                freeze(now)
+                freeze(0, now)
             }
         }
         (State::OpeningStreams, Event::StreamsOpen) => {
@@ -103,7 +105,7 @@ fn copying(state: State, course: &mut Course, event: Event, now: Tick) -> Next {
                 course.begin_rounds(now);
                 (State::Scanning { round: 0 }, vec![Action::Scan])
             } else {
-                freeze(now)
+                freeze(0, now)
             }
         }
         (State::Scanning { round }, Event::Scanned { pages, hot_pages }) => {
@@ -112,7 +114,7 @@ fn copying(state: State, course: &mut Course, event: Event, now: Tick) -> Next {
                     let state = State::SendingRound { round, sent: None, received: false };
                     (state, vec![Action::SendRound { round, hold_back: course.holds_back() }])
                 }
-                Verdict::SwitchOver | Verdict::GoPostcopy => freeze(now),
+                Verdict::SwitchOver | Verdict::GoPostcopy => freeze(0, now),
                 Verdict::Abort { cause } => roll_back(&State::Scanning { round }, Side::Source, cause, true),
             }
         }
@@ -137,8 +139,18 @@ fn sending(round: u32, sent: Option<RoundSent>, received: bool, course: &mut Cou
     }
 }
 
-fn freeze(now: Tick) -> Next {
-    (State::Freezing { watch: Stopwatch::freeze(now) }, vec![Action::Freeze])
+/// The downtime begins with the try that succeeds.
+fn freeze(tries: u32, now: Tick) -> Next {
+    let tries = tries + 1;
+    (State::Freezing { watch: Stopwatch::freeze(now), tries }, vec![Action::Freeze])
+}
+
+fn unsettled(tries: u32, cause: &str) -> Next {
+    if tries < FREEZE_TRIES {
+        return (State::Settling { tries }, vec![]);
+    }
+    let cause = format!("{cause}, at each of {tries} tries to freeze it");
+    roll_back(&State::Settling { tries }, Side::Source, cause, true)
 }
 
 /// What has no place in this state.

@@ -23,6 +23,9 @@ const TRANSITIONS: &[Row] = &[
     ("SendingRound", "RoundReceived", "not sent", "SendingRound", &[]),
     ("SendingRound", "RoundReceived", "sent", "Scanning", &["Scan"]),
     ("Freezing", "Froze", "", "Dumping", &["Dump"]),
+    ("Freezing", "Unsettled", "tries left", "Settling", &[]),
+    ("Freezing", "Unsettled", "last try", "RollingBack", &["RollBack"]),
+    ("Settling", "Deadline", "", "Freezing", &["Freeze"]),
     ("Dumping", "Dumped", "", "Transferring", &[]),
     ("Transferring", "StateSent", "", "AwaitingReceipt", &[]),
     ("AwaitingReceipt", "Received", "", "Restoring", &[]),
@@ -66,7 +69,7 @@ const TRANSITIONS: &[Row] = &[
     ("RollingBack", "RollbackFailed", "", "Done", &["ReportFailed"]),
 ];
 
-const REVOCABLE: [&str; 13] = [
+const REVOCABLE: [&str; 14] = [
     "Connecting",
     "Negotiating",
     "Preparing",
@@ -76,6 +79,7 @@ const REVOCABLE: [&str; 13] = [
     "Scanning",
     "SendingRound",
     "Freezing",
+    "Settling",
     "Dumping",
     "Transferring",
     "AwaitingReceipt",
@@ -155,6 +159,8 @@ impl Given {
             "not sent" | "not received" => have(false, false),
             "sent" => have(true, false),
             "received" => have(false, true),
+            "tries left" => matches!(state, State::Freezing { tries, .. } if *tries < FREEZE_TRIES),
+            "last try" => !self.holds("tries left", state, event),
             "pages left" => self.leaves_pages,
             "all sent" => !self.leaves_pages,
             "released" => matches!(state, State::Killing { released: true, .. }),
@@ -187,7 +193,9 @@ fn states() -> Vec<State> {
         State::SendingRound { round: 3, sent: None, received: false },
         State::SendingRound { round: 3, sent, received: false },
         State::SendingRound { round: 3, sent: None, received: true },
-        State::Freezing { watch: watch() },
+        State::Freezing { watch: watch(), tries: 1 },
+        State::Freezing { watch: watch(), tries: FREEZE_TRIES },
+        State::Settling { tries: 1 },
         State::Dumping { watch: watch() },
         State::Transferring { watch: watch() },
         State::AwaitingReceipt { watch: watch() },
@@ -231,6 +239,7 @@ fn events() -> Vec<Event> {
         Event::Scanned { pages: 7, hot_pages: 3 },
         Event::RoundSent(RoundSent::default()),
         Event::Froze,
+        Event::Unsettled { cause: text() },
         Event::Dumped,
         Event::StateSent,
         Event::Answered(FateAnswer::Here),
@@ -317,7 +326,7 @@ fn pages_are_left_by_post_copy_and_when_the_policy_says_so() {
             course = Course::amid(way, course.leaves_pages(), verdict);
             drop(course.scanned(7, 0, Tick(5)));
         }
-        let state = State::Freezing { watch: Stopwatch::freeze(Tick(0)) };
+        let state = State::Freezing { watch: Stopwatch::freeze(Tick(0)), tries: 1 };
         let step = Source { state, course, entered: Tick(0) }.step(Event::Froze, Tick(9));
         step.actions == [Action::Dump { leave_pages: true }]
     };

@@ -81,10 +81,7 @@ impl World {
                 let bytes = self.below(1 << 32);
                 self.at_source(source::Event::RoundSent(RoundSent { bytes, ..RoundSent::default() }));
             }
-            Action::Freeze => {
-                self.source_tasks = Tasks::Frozen;
-                self.at_source(source::Event::Froze);
-            }
+            Action::Freeze => self.freeze(),
             Action::Dump { leave_pages } => {
                 if self.way != Way::InImages {
                     let last = target::Event::RoundComplete(99);
@@ -124,6 +121,17 @@ impl World {
             Action::ReportMoved => self.at_source(source::Event::Release),
             Action::LeaveFrozen | Action::ReportChecked | Action::ReportFailed { .. } => {}
         }
+    }
+
+    /// Freezes the source's tasks; now and then something is under way that keeps them from being dumped.
+    fn freeze(&mut self) {
+        let event = if self.below(3) == 0 {
+            source::Event::Unsettled { cause: "a connection waits".to_owned() }
+        } else {
+            self.source_tasks = Tasks::Frozen;
+            source::Event::Froze
+        };
+        self.at_source(event);
     }
 
     /// What follows when something has been sent.
