@@ -4,10 +4,12 @@
 //! name its source files. The list is a snapshot: a process may open something right afterwards, and the dump
 //! then fails as it would have without this.
 
-use std::collections::HashSet;
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use godwit_criu::Version;
 use nix::unistd::{Gid, Uid};
@@ -163,6 +165,7 @@ pub fn blockers(stored: &Stored, criu: Version) -> Result<Vec<Blocker>> {
         ip_trouble: machine::tcp_trouble(criu),
         own_user_namespace: namespace("self", "user"),
         stopped_hang: !cgroup::is_unified()?,
+        sockets: RefCell::default(),
     };
     let mut found = Vec::new();
     for pid in pids {
@@ -185,6 +188,8 @@ struct Context {
     ip_trouble: Option<String>,
     own_user_namespace: Option<PathBuf>,
     stopped_hang: bool,
+    /// By network namespace: a busy server's table of connections takes a second to read.
+    sockets: RefCell<HashMap<Option<PathBuf>, Rc<Sockets>>>,
 }
 
 impl Context {
@@ -217,7 +222,7 @@ impl Context {
             // It has ended meanwhile, and its files are nobody's.
             return;
         }
-        let sockets = Sockets::of(pid);
+        let sockets = self.sockets_of(pid);
         for entry in entries.filter_map(std::result::Result::ok) {
             let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
             let Ok(target) = fs::read_link(entry.path()) else { continue };
@@ -246,6 +251,12 @@ impl Context {
             }
         }
     }
+
+    fn sockets_of(&self, pid: i32) -> Rc<Sockets> {
+        let mut known = self.sockets.borrow_mut();
+        let found = known.entry(namespace(&pid.to_string(), "net"));
+        Rc::clone(found.or_insert_with(|| Rc::new(Sockets::of(pid, self.ip_trouble.is_some()))))
+    }
 }
 
 /// Whether a signal or a tracer holds the process.
@@ -263,7 +274,8 @@ struct Sockets {
 }
 
 impl Sockets {
-    fn of(pid: i32) -> Self {
+    /// Lists them; those of IP only if they matter.
+    fn of(pid: i32, ip_matters: bool) -> Self {
         let column = |names: &[&str], index: usize| {
             let mut inodes = HashSet::new();
             for name in names {
@@ -276,7 +288,8 @@ impl Sockets {
         // Columns by the kernel's net/sctp/proc.c and net/ipv4/{tcp,udp,raw}.c.
         let mut sctp = column(&["sctp/eps"], 7);
         sctp.extend(column(&["sctp/assocs"], 10));
-        Self { sctp, ip: column(&["tcp", "tcp6", "udp", "udp6", "udplite", "raw", "raw6", "icmp"], 9) }
+        let ip: &[&str] = if ip_matters { &IP_TABLES } else { &[] };
+        Self { sctp, ip: column(ip, 9) }
     }
 }
 
@@ -332,6 +345,8 @@ fn is_terminal(path: &Path) -> bool {
     path.starts_with("/dev/pts") || path.to_string_lossy().starts_with("/dev/tty")
 }
 
+/// The tables of IP sockets below `/proc/PID/net`.
+const IP_TABLES: [&str; 8] = ["tcp", "tcp6", "udp", "udp6", "udplite", "raw", "raw6", "icmp"];
 /// What CRIU saves (its `criu/files-ext.c` and the modules that register with it).
 const KNOWN_OBJECTS: [&str; 9] = [
     "[eventfd]",
@@ -385,6 +400,7 @@ mod tests {
             ip_trouble: Some("old".to_owned()),
             own_user_namespace: None,
             stopped_hang: true,
+            sockets: RefCell::default(),
         };
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let mut found = Vec::new();
