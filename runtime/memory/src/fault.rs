@@ -98,6 +98,26 @@ pub fn probe() -> Result<()> {
     Ok(())
 }
 
+/// Says why restored tasks in a user namespace could not be served here. CRIU makes a task's userfaultfd as the task, which
+/// has no rights outside its namespace.
+///
+/// # Errors
+/// As [`probe`].
+pub fn probe_in_user_namespace() -> Result<()> {
+    probe()?;
+    let allowed = std::fs::read_to_string(UNPRIVILEGED).unwrap_or_default();
+    if allowed.trim() == "1" {
+        return Ok(());
+    }
+    Err(MemoryError::Unavailable {
+        what: "serving page faults in a user namespace",
+        reason: "vm.unprivileged_userfaultfd is not 1".to_owned(),
+    })
+}
+
+/// Whether tasks without CAP_SYS_PTRACE may have faults of the kernel in their memory handled.
+const UNPRIVILEGED: &str = "/proc/sys/vm/unprivileged_userfaultfd";
+
 /// What the server has to know of an address space before CRIU hands it over. Pages in neither set are zeros.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SpacePlan {

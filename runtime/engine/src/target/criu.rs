@@ -67,10 +67,11 @@ impl Restorer for CriuRestorer {
     }
 }
 
-/// Returns what can be done here with the memory of restored tasks.
+/// Returns what can be done here with the memory of restored tasks, which may be in a user namespace of their own.
 #[must_use]
-pub fn abilities() -> Abilities {
-    let cannot_serve = fault::probe().err().map(|error| error.to_string());
+pub fn abilities(user_namespace: bool) -> Abilities {
+    let probed = if user_namespace { fault::probe_in_user_namespace() } else { fault::probe() };
+    let cannot_serve = probed.err().map(|error| error.to_string());
     Abilities { cannot_serve, ..Abilities::default() }
 }
 

@@ -121,8 +121,8 @@ fn arrive(seat: &Seat, link: &mut Link, offer: Offer) -> Result<Option<Meeting>,
     let containerd = Containerd::connect(seat.containerd(), &offer.container.namespace)?;
     let here = target::observe(&containerd, &offer)?;
     target::judge(&offer, &here).map_err(Refusal::Reject)?;
-    let Observed { facts, missing, .. } = here;
-    let abilities = godwit_engine::target::abilities();
+    let Observed { facts, missing, user_namespace, .. } = here;
+    let abilities = godwit_engine::target::abilities(user_namespace);
     let streams =
         Plan::is_ours(offer.mode, offer.images, &offer.abilities, &abilities).then_some(offer.streams);
     if offer.dry_run {

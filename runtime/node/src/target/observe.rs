@@ -53,6 +53,7 @@ pub fn observe(containerd: &Containerd, offer: &Offer) -> Result<Observed, NodeE
         snapshotters,
         shim_found: in_path(&shim),
         shim,
+        user_namespace: paths::has_user_namespace(spec)?,
         absent_paths,
         parent_exists: parent.is_empty() || exists(parent)?,
         other_image: match &container.image {

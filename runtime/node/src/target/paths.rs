@@ -33,6 +33,8 @@ struct Linux {
 
 #[derive(Debug, Deserialize)]
 struct Namespace {
+    #[serde(default, rename = "type")]
+    kind: String,
     #[serde(default)]
     path: String,
 }
@@ -42,8 +44,7 @@ struct Namespace {
 /// # Errors
 /// [`NodeError::Malformed`] if it is no specification.
 pub(crate) fn absent(spec: &[u8], exists: impl Fn(&Path) -> bool) -> Result<Vec<String>, NodeError> {
-    let spec: Spec = serde_json::from_slice(spec)
-        .map_err(|error| NodeError::malformed("the container's specification", error))?;
+    let spec = parse(spec)?;
     let is_bind = |mount: &&Mount| {
         mount.kind == "bind" || mount.options.iter().any(|option| option == "bind" || option == "rbind")
     };
@@ -60,6 +61,18 @@ pub(crate) fn absent(spec: &[u8], exists: impl Fn(&Path) -> bool) -> Result<Vec<
     absent.sort();
     absent.dedup();
     Ok(absent)
+}
+
+/// Tells whether the container has a user namespace of its own.
+///
+/// # Errors
+/// As [`absent`].
+pub(crate) fn has_user_namespace(spec: &[u8]) -> Result<bool, NodeError> {
+    Ok(parse(spec)?.linux.unwrap_or_default().namespaces.iter().any(|namespace| namespace.kind == "user"))
+}
+
+fn parse(spec: &[u8]) -> Result<Spec, NodeError> {
+    serde_json::from_slice(spec).map_err(|error| NodeError::malformed("the container's specification", error))
 }
 
 #[cfg(test)]
@@ -79,5 +92,14 @@ mod tests {
         assert!(super::absent(spec, |_| true).unwrap().is_empty());
         super::absent(b"{", |_| true).unwrap_err();
         assert!(super::absent(b"{}", |_| false).unwrap().is_empty());
+    }
+
+    #[test]
+    fn user_namespace_is_one_among_the_namespaces() {
+        let of =
+            |kind: &str| format!(r#"{{"linux":{{"namespaces":[{{"type":"pid"}},{{"type":"{kind}"}}]}}}}"#);
+        assert!(has_user_namespace(of("user").as_bytes()).unwrap());
+        assert!(!has_user_namespace(of("uts").as_bytes()).unwrap());
+        assert!(!has_user_namespace(b"{}").unwrap());
     }
 }

@@ -24,6 +24,8 @@ pub struct Observed {
     pub shim: String,
     /// Whether it is in the path.
     pub shim_found: bool,
+    /// Whether the container has a user namespace of its own.
+    pub user_namespace: bool,
     /// Host paths that the container binds or joins and that do not exist.
     pub absent_paths: Vec<String>,
     /// Whether the layers are unpacked here already.

@@ -75,6 +75,7 @@ fn here() -> Observed {
         snapshotters: vec!["native".to_owned(), "overlayfs".to_owned()],
         shim: "containerd-shim-godwit-v1".to_owned(),
         shim_found: true,
+        user_namespace: false,
         absent_paths: Vec::new(),
         parent_exists: true,
         other_image: None,
