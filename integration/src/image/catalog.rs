@@ -96,13 +96,14 @@ pub fn by_name(name: &str) -> Result<Image> {
         "bench" => bench(),
         "redis" => redis(),
         "python3" => python3(),
+        "node" => node(),
         "nginx" => Image::with("nginx", nginx_files()?, words(&NGINX)),
         "visited" => visited(),
         "postgres" => postgres(),
         _ => Err(BedError::Invalid {
             what: "image",
             value: name.to_owned(),
-            expected: "one of busybox, memhog, bench, redis, python3, nginx, visited, postgres, or the path of an archive",
+            expected: "one of busybox, memhog, bench, redis, python3, node, nginx, visited, postgres, or the path of an archive",
         }),
     }
 }
@@ -142,6 +143,19 @@ fn python3() -> Result<Image> {
     Image::with("python3", files, words(&["python3"]))
 }
 
+/// Node.js. Debian's reads parts of itself from files.
+fn node() -> Result<Image> {
+    let mut files = Files::default();
+    files.add_program(&program("node", "nodejs")?, Path::new("/usr/bin/node"))?;
+    for part in ["acorn", "acorn-walk", "busboy", "cjs-module-lexer", "undici", "xtend"] {
+        let dir = Path::new("/usr/share/nodejs").join(part);
+        if dir.exists() {
+            files.add_host_tree(&dir, &|name| name == "node_modules")?;
+        }
+    }
+    Image::with("node", files, words(&["node"]))
+}
+
 /// nginx with one static page on port 80, all of its processes root's.
 fn nginx_files() -> Result<Files> {
     let mut files = Files::default();
@@ -154,9 +168,10 @@ fn nginx_files() -> Result<Files> {
     Ok(files)
 }
 
-/// nginx, and the self-checking program as a client of it.
+/// nginx, and its clients: the self-checking program, and wrk.
 fn visited() -> Result<Image> {
     let mut files = nginx_files()?;
+    files.add_program(&program("wrk", "wrk")?, Path::new("/usr/bin/wrk"))?;
     files.add_program(&tools::built()?.join("workload"), Path::new("/usr/bin/workload"))?;
     Image::with("visited", files, words(&NGINX))
 }
@@ -165,7 +180,7 @@ fn visited() -> Result<Image> {
 fn postgres() -> Result<Image> {
     let missing = || BedError::Missing {
         tool: "postgres".to_owned(),
-        hint: "it is in the package postgresql, which only a full run needs".to_owned(),
+        hint: "it is in the package postgresql, which hack/setup installs".to_owned(),
     };
     let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     let version = versions.map(|entry| entry.file_name()).max().ok_or_else(missing)?;
@@ -241,11 +256,15 @@ user root;
 worker_processes 2;
 error_log stderr;
 pid /run/nginx.pid;
-events { worker_connections 64; }
+events { worker_connections 256; }
 http {
     access_log off;
     keepalive_timeout 3600s;
     keepalive_requests 1000000000;
-    server { listen 80; root /srv/www; }
+    server {
+        listen 80;
+        root /srv/www;
+        location = /status { stub_status; }
+    }
 }
 ";

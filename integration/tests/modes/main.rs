@@ -6,6 +6,7 @@ mod failures;
 mod fallbacks;
 mod memory;
 mod servers;
+mod setting;
 mod stops;
 mod storage;
 mod storm;
@@ -20,7 +21,7 @@ fn main() -> ExitCode {
         name: "modes",
         lanes: vec![Lane::new(Version::V1_6, Runtime::Godwit)],
         more_lanes: vec![Lane::new(Version::V2_1, Runtime::InPlace)],
-        images: &["busybox", "redis", "python3", "visited"],
+        images: &["busybox", "redis", "python3", "node", "visited", "postgres"],
         // Writable layers in memory: what is then written to disk is a migration's own.
         bed: |lane, name| BedOptions { agent: true, storage: Storage::Memory, ..lane.bed(name) },
         prepare: |stage| {

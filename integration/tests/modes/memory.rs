@@ -1,13 +1,12 @@
 //! Programs that treat memory in every way, each moved in every mode.
 
-use std::fs;
-
 use godwit_integration::case;
 use godwit_integration::suite::{Case, Outcome, Stage, skip};
 use godwit_protocol::Mode;
 use godwit_protocol::report::Report;
 
 use super::claim::move_by;
+use super::setting::Setting;
 use super::storm::Storm;
 
 /// Makes a case of a program and a mode.
@@ -96,7 +95,7 @@ fn huge_pages_arrive_by_every_mode(stage: &Stage) -> Outcome {
 
 fn huge_pages_arrive(stage: &Stage, modes: &[Mode]) -> Outcome {
     // As many at each end, which are both here.
-    let pool = match Setting::at_least("/proc/sys/vm/nr_hugepages", 2 * HUGE_PAGES) {
+    let pool = match Setting::at_least("vm.nr_hugepages", 2 * HUGE_PAGES) {
         Ok(pool) => pool,
         Err(why) => return skip(format!("there are no huge pages: {why}")),
     };
@@ -110,7 +109,7 @@ fn huge_pages_arrive(stage: &Stage, modes: &[Mode]) -> Outcome {
 
 fn a_hundred_thousand_mappings_arrive_by_every_mode(stage: &Stage) -> Outcome {
     let storm = Storm { count: 100_000, ..Storm::of("vmas") };
-    let limit = match Setting::at_least("/proc/sys/vm/max_map_count", 2 * storm.count) {
+    let limit = match Setting::at_least("vm.max_map_count", 2 * storm.count) {
         Ok(limit) => limit,
         Err(why) => return skip(format!("a process may not have so many mappings: {why}")),
     };
@@ -124,10 +123,13 @@ fn container_goes_to_and_fro_by_every_mode_in_turn(stage: &Stage) -> Outcome {
     goes_to_and_fro(stage, Storm::of("threads"), &Mode::ALL[..4])
 }
 
-/// Each mode has four of the twenty moves, in another order each time.
 fn goes_to_and_fro_ten_times(stage: &Stage, kind: &'static str) -> Outcome {
-    let modes: Vec<Mode> = (0..20).map(|turn| Mode::ALL[turn * (1 + turn / 5) % 5]).collect();
-    goes_to_and_fro(stage, Storm::of(kind), &modes)
+    goes_to_and_fro(stage, Storm::of(kind), &ten_times())
+}
+
+/// Returns the modes of going to and fro ten times: each has four of the twenty moves, in another order each time.
+pub(super) fn ten_times() -> Vec<Mode> {
+    (0..20).map(|turn| Mode::ALL[turn * (1 + turn / 5) % 5]).collect()
 }
 
 fn goes_to_and_fro(stage: &Stage, storm: Storm, modes: &[Mode]) -> Outcome {
@@ -140,35 +142,6 @@ fn goes_to_and_fro(stage: &Stage, storm: Storm, modes: &[Mode]) -> Outcome {
         place = moved;
     }
     Ok(())
-}
-
-/// A setting of the machine, given back on drop.
-struct Setting {
-    path: &'static str,
-    before: u64,
-}
-
-impl Setting {
-    /// Raises it to `least`, unless it is there; `Err` with the reason when it does not come to that.
-    fn at_least(path: &'static str, least: u64) -> Result<Self, String> {
-        let read = || fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
-        let before = read().ok_or_else(|| format!("{path} cannot be read"))?;
-        let setting = Self { path, before };
-        if before < least {
-            fs::write(path, least.to_string()).map_err(|error| format!("{path}: {error}"))?;
-        }
-        match read() {
-            Some(now) if now >= least => Ok(setting),
-            now => Err(format!("{path} was to become {least}, and is {now:?}")),
-        }
-    }
-}
-
-impl Drop for Setting {
-    fn drop(&mut self) {
-        // What was raised a moment ago can be lowered.
-        drop(fs::write(self.path, self.before.to_string()));
-    }
 }
 
 /// Kinds whose memory is private and anonymous, every page of it written before anything else happens.

@@ -5,23 +5,31 @@
 use std::fs;
 
 use godwit_integration::process::wait_until;
-use godwit_integration::suite::{Case, Container, Outcome, Stage, Trouble, skip};
-use godwit_integration::{BedError, case};
+use godwit_integration::suite::{Case, Container, Lane, Outcome, Stage, Trouble, await_that, skip};
+use godwit_integration::{Version, case};
 use godwit_protocol::Mode;
 use sha2::{Digest, Sha256};
 
 use super::claim::{PATIENCE, move_by};
+use super::memory::ten_times;
+use super::setting::Setting;
 use super::storm::Storm;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case!(redis_under_load_goes_on_by_precopy_and_postcopy),
-        case!(redis_under_load_goes_on_by_every_mode).slow(),
+        case!(redis_under_load_goes_to_and_fro_ten_times).slow(),
         case!(nginx_under_load_loses_no_request_by_hybrid_and_auto),
-        case!(nginx_under_load_loses_no_request_by_every_mode).slow(),
+        case!(nginx_under_load_goes_to_and_fro_ten_times).slow(),
+        case!(nginx_under_wrk_loses_no_request_by_precopy_and_postcopy).alone(),
+        case!(nginx_under_wrk_goes_to_and_fro_ten_times).alone().slow(),
         case!(python_computes_on_by_postcopy_and_precopy),
-        case!(python_computes_on_by_every_mode).slow(),
-        case!(postgresql_under_pgbench_goes_on).slow(),
+        case!(python_goes_to_and_fro_ten_times).slow(),
+        case!(node_computes_on_by_precopy_and_hybrid),
+        case!(node_goes_to_and_fro_ten_times).slow(),
+        case!(postgresql_under_pgbench_goes_on_with_all_pages_in_the_freeze).alone().on(keeps_snapshots),
+        case!(postgresql_under_pgbench_goes_on_by_precopy_and_postcopy).alone().on(keeps_snapshots),
+        case!(postgresql_under_pgbench_goes_to_and_fro_ten_times).alone().slow().on(keeps_snapshots),
     ]
 }
 
@@ -29,8 +37,8 @@ fn redis_under_load_goes_on_by_precopy_and_postcopy(stage: &Stage) -> Outcome {
     redis_goes_on(stage, &[Mode::Precopy, Mode::Postcopy])
 }
 
-fn redis_under_load_goes_on_by_every_mode(stage: &Stage) -> Outcome {
-    redis_goes_on(stage, &Mode::ALL)
+fn redis_under_load_goes_to_and_fro_ten_times(stage: &Stage) -> Outcome {
+    redis_goes_on(stage, &ten_times())
 }
 
 /// redis-benchmark sets and gets over connections that it keeps for ever; it ends with the first error. Keys that it
@@ -86,8 +94,8 @@ fn nginx_under_load_loses_no_request_by_hybrid_and_auto(stage: &Stage) -> Outcom
     nginx_loses_no_request(stage, &[Mode::Hybrid, Mode::Auto])
 }
 
-fn nginx_under_load_loses_no_request_by_every_mode(stage: &Stage) -> Outcome {
-    nginx_loses_no_request(stage, &Mode::ALL)
+fn nginx_under_load_goes_to_and_fro_ten_times(stage: &Stage) -> Outcome {
+    nginx_loses_no_request(stage, &ten_times())
 }
 
 /// Connections are kept for the whole of the test: one that breaks counts as an error.
@@ -105,18 +113,90 @@ fn nginx_loses_no_request(stage: &Stage, modes: &[Mode]) -> Outcome {
     Ok(())
 }
 
+fn nginx_under_wrk_loses_no_request_by_precopy_and_postcopy(stage: &Stage) -> Outcome {
+    wrk_loses_no_request(stage, &[Mode::Precopy, Mode::Postcopy])
+}
+
+fn nginx_under_wrk_goes_to_and_fro_ten_times(stage: &Stage) -> Outcome {
+    wrk_loses_no_request(stage, &ten_times())
+}
+
+/// One wrk keeps its connections, the other makes one for each request, so that at most moments some wait to be
+/// accepted. Each counts every failed connect, read and write and every answer but a good one.
+///
+/// A move interrupts the sleep in which wrk waits for its end (as CRIU restores any such sleep): it then says what it saw,
+/// and another takes its place. So each move is reported on, and the next one is under load as well.
+fn wrk_loses_no_request(stage: &Stage, modes: &[Mode]) -> Outcome {
+    let mut place = stage.a.plan("wrk").image("visited").run(&["sh", "-c", WRK])?;
+    await_requests(&place, 2000)?;
+    for (turn, mode) in modes.iter().enumerate() {
+        let target = if turn % 2 == 0 { &stage.b } else { &stage.a };
+        let requests = await_requests(&place, 0)?;
+        let (moved, _) = move_by(&place, target, *mode)?;
+        for load in ["kept", "fresh"] {
+            assert_clean(&moved, load, turn + 1)?;
+        }
+        await_requests(&moved, requests + 2000)?;
+        place = moved;
+    }
+    Ok(())
+}
+
+/// Waits until a load has been reported on for the `count`th time, and claims that none of them has met an error.
+fn assert_clean(container: &Container<'_>, load: &str, count: usize) -> Outcome {
+    let path = format!("/proc/{}/root/run/{load}", container.pid()?);
+    let mut said = String::new();
+    let what = format!("wrk reports {count} times on connections that are {load}");
+    await_that(&what, || {
+        said = fs::read_to_string(&path).unwrap_or_default();
+        said.matches("Transfer/sec:").count() >= count
+    })?;
+    let is_clean = ["errors", "Non-2xx", "unable"].iter().all(|word| !said.contains(word));
+    assert!(is_clean, "{load}: {said}");
+    Ok(())
+}
+
+/// Waits until nginx has answered more than `past` requests.
+fn await_requests(container: &Container<'_>, past: u64) -> Result<u64, Trouble> {
+    let requests = || {
+        let text = container.exec(&["wget", "-q", "-O", "-", "http://127.0.0.1/status"]).ok()?.stdout;
+        // The line below `server accepts handled requests`.
+        let line = text.lines().skip_while(|line| !line.starts_with("server ")).nth(1)?;
+        line.split_whitespace().nth(2)?.parse::<u64>().ok()
+    };
+    let mut last = 0;
+    let done = wait_until(PATIENCE, || {
+        last = requests().unwrap_or(last);
+        last > past
+    });
+    if !done {
+        let what = format!("nginx in {} answers more than {past} requests, and not {last}", container.id());
+        return Err(Trouble::Late { what, after: PATIENCE });
+    }
+    Ok(last)
+}
+
 fn python_computes_on_by_postcopy_and_precopy(stage: &Stage) -> Outcome {
-    python_computes_on(stage, &[Mode::Postcopy, Mode::Precopy])
+    computes_on(stage, "python3", PYTHON, &[Mode::Postcopy, Mode::Precopy])
 }
 
-fn python_computes_on_by_every_mode(stage: &Stage) -> Outcome {
-    python_computes_on(stage, &Mode::ALL)
+fn python_goes_to_and_fro_ten_times(stage: &Stage) -> Outcome {
+    computes_on(stage, "python3", PYTHON, &ten_times())
 }
 
-/// Python hashes a hash again and again and writes down how often and what came of it; a single lost or doubled
+fn node_computes_on_by_precopy_and_hybrid(stage: &Stage) -> Outcome {
+    computes_on(stage, "node", NODE, &[Mode::Precopy, Mode::Hybrid])
+}
+
+fn node_goes_to_and_fro_ten_times(stage: &Stage) -> Outcome {
+    computes_on(stage, "node", NODE, &ten_times())
+}
+
+/// A program hashes a hash again and again and writes down how often and what came of it; a single lost or doubled
 /// step, or a damaged object, shows in all that follows.
-fn python_computes_on(stage: &Stage, modes: &[Mode]) -> Outcome {
-    let mut place = stage.a.plan("python").image("python3").run(&["python3", "-c", PYTHON])?;
+fn computes_on(stage: &Stage, language: &str, program: &str, modes: &[Mode]) -> Outcome {
+    let flag = if language == "node" { "-e" } else { "-c" };
+    let mut place = stage.a.plan(language).image(language).run(&[language, flag, program])?;
     let mut steps = await_steps(&place, 1000)?;
     for (turn, mode) in modes.iter().enumerate() {
         let target = if turn % 2 == 0 { &stage.b } else { &stage.a };
@@ -127,7 +207,7 @@ fn python_computes_on(stage: &Stage, modes: &[Mode]) -> Outcome {
     Ok(())
 }
 
-/// Waits until Python has taken more than `past` steps, and claims that their result is right and that it found its
+/// Waits until the program has taken more than `past` steps, and claims that their result is right and that it found its
 /// objects whole.
 fn await_steps(container: &Container<'_>, past: u64) -> Result<u64, Trouble> {
     let path = format!("/proc/{}/root/run/steps", container.pid()?);
@@ -148,31 +228,57 @@ fn await_steps(container: &Container<'_>, past: u64) -> Result<u64, Trouble> {
     Ok(steps)
 }
 
-/// pgbench has four clients change three tables and a history together: their sums are equal at every moment, unless
-/// something was lost. PostgreSQL refuses to run as root, and CRIU needs CAP_SYS_RESOURCE to dump the processes of
-/// another user.
-fn postgresql_under_pgbench_goes_on(stage: &Stage) -> Outcome {
-    let status = fs::read_to_string("/proc/self/status").map_err(Trouble::io("read", "/proc/self/status"))?;
-    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default();
-    if mask >> CAP_SYS_RESOURCE & 1 == 0 {
-        return skip("processes of other users cannot be dumped without CAP_SYS_RESOURCE");
+fn postgresql_under_pgbench_goes_on_with_all_pages_in_the_freeze(stage: &Stage) -> Outcome {
+    let place = postgres(stage)?;
+    let transactions = await_transactions(&place, 0)?;
+    let (moved, report) = move_by(&place, &stage.b, Mode::Precopy)?;
+    if report.streams == 0 {
+        let notes = report.notes.join("; ");
+        assert!(notes.contains("vm.unprivileged_userfaultfd"), "{notes}");
     }
-    for site in [&stage.a, &stage.b] {
-        match site.import(&["postgres"]) {
-            Err(Trouble::Bed(BedError::Missing { tool, hint })) => return skip(format!("no {tool}: {hint}")),
-            imported => imported?,
-        }
-    }
-    let mut place = stage.a.plan("postgres").image("postgres").run(&["sh", "-c", POSTGRES])?;
+    await_transactions(&moved, transactions + 100)?;
+    Ok(())
+}
+
+fn postgresql_under_pgbench_goes_on_by_precopy_and_postcopy(stage: &Stage) -> Outcome {
+    postgres_goes_on(stage, &[Mode::Precopy, Mode::Postcopy])
+}
+
+fn postgresql_under_pgbench_goes_to_and_fro_ten_times(stage: &Stage) -> Outcome {
+    postgres_goes_on(stage, &ten_times())
+}
+
+fn postgres_goes_on(stage: &Stage, modes: &[Mode]) -> Outcome {
+    let allowed = match Setting::at_least("vm.unprivileged_userfaultfd", 1) {
+        Ok(allowed) => allowed,
+        Err(why) => return skip(format!("tasks of a user namespace may not have a userfaultfd: {why}")),
+    };
+    let mut place = postgres(stage)?;
     let mut transactions = await_transactions(&place, 0)?;
-    for (turn, mode) in Mode::ALL.into_iter().enumerate() {
+    for (turn, mode) in modes.iter().enumerate() {
         let target = if turn % 2 == 0 { &stage.b } else { &stage.a };
-        let (moved, _) = move_by(&place, target, mode)?;
+        let (moved, report) = move_by(&place, target, *mode)?;
+        assert!(report.streams > 0, "its pages travelled in criu's images: {:?}", report.notes);
         transactions = await_transactions(&moved, transactions + 100)?;
         place = moved;
     }
+    drop(allowed);
     Ok(())
+}
+
+/// Whether ctr's `--remap-labels` leaves a snapshot as it is. That of containerd 2 has it mounted with mapped ids, which
+/// the shim cannot do yet.
+fn keeps_snapshots(lane: Lane) -> bool {
+    lane.containerd < Version::V2_1
+}
+
+/// PostgreSQL, and pgbench with four clients that change three tables and a history together: their sums are equal at
+/// every moment, unless something was lost. PostgreSQL refuses to run as root, and without CAP_SYS_RESOURCE CRIU dumps
+/// the processes of another user only in a user namespace. It maps everybody to himself: the image's files are used as they
+/// are (`--remap-labels` keeps ctr from making a copy with other owners).
+fn postgres(stage: &Stage) -> Result<Container<'_>, Trouble> {
+    let maps = ["--uidmap", "0:0:65536", "--gidmap", "0:0:65536", "--remap-labels"];
+    stage.a.plan("postgres").image("postgres").flags(&maps).run(&["sh", "-c", POSTGRES])
 }
 
 /// Waits until pgbench has made more than `past` transactions, and claims that none has failed and that all sums agree.
@@ -207,7 +313,6 @@ fn await_transactions(container: &Container<'_>, past: u64) -> Result<u64, Troub
     }
 }
 
-const CAP_SYS_RESOURCE: u32 = 24;
 const POSTGRES: &str = "\
 set -- /usr/lib/postgresql/*/bin
 bin=$1
@@ -224,6 +329,21 @@ const SUMS: &str = "\
 /usr/lib/postgresql/*/bin/psql -h /pg -U www-data -d postgres -Atc 'select (select count(*) from pgbench_history), \
 (select sum(abalance) from pgbench_accounts), (select sum(bbalance) from pgbench_branches), \
 (select sum(tbalance) from pgbench_tellers), (select sum(delta) from pgbench_history)'";
+const WRK: &str = "\
+/usr/sbin/nginx -g 'daemon off;' &
+until wget -q -O - http://127.0.0.1/ >/dev/null; do usleep 50000; done
+load() {
+    name=$1
+    shift
+    while :; do
+        wrk -t 1 -c 8 -d 1000000s --timeout 1000s \"$@\" http://127.0.0.1:80/ >/run/$name.now 2>&1
+        cat /run/$name.now >>/run/$name
+    done
+}
+load kept &
+load fresh -H 'Connection: close' &
+wait
+";
 const REDIS: &str = "\
 redis-server --save '' --appendonly no --protected-mode no >/dev/null &
 until redis-cli PING 2>/dev/null | grep -q PONG; do sleep 0.1; done
@@ -245,4 +365,21 @@ while True:
         file.write(f'{steps} {state.hex()}')
     os.rename('/run/steps.next', '/run/steps')
     time.sleep(0.002)
+";
+const NODE: &str = "
+const { createHash } = require('crypto'), fs = require('fs');
+const kept = new Map();
+for (let number = 0; number < 50000; number++) kept.set(number, String(number).repeat(20));
+let state = Buffer.alloc(0), steps = 0;
+const work = () => {
+    for (let step = 0; step < 100; step++, steps++) state = createHash('sha256').update(state).digest();
+    for (let number = steps % 50000; number < 50000; number += 997) {
+        if (kept.get(number) !== String(number).repeat(20)) state = Buffer.from('lost');
+        kept.set(number, String(number).repeat(20));
+    }
+    fs.writeFileSync('/run/steps.next', `${steps} ${state.toString('hex')}`);
+    fs.renameSync('/run/steps.next', '/run/steps');
+    setTimeout(work, 2);
+};
+work();
 ";
