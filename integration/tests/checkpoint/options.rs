@@ -18,6 +18,10 @@ pub(super) fn cases() -> Vec<Case> {
         case!(terminal_is_taken_along_when_asked_for).on(daemon_passes_paths),
         case!(cgroups_mode_and_empty_namespace_are_accepted).on(daemon_passes_paths),
         case!(container_is_not_paused_by_the_client_and_ends_with_exit).on(daemon_passes_paths),
+        case!(parent_images_are_built_upon_or_refused_by_name)
+            .on(|lane| daemon_passes_paths(lane) && lane.runtime.is_godwit()),
+        case!(parent_images_that_are_not_there_are_refused_by_name)
+            .on(|lane| daemon_passes_paths(lane) && lane.runtime.is_godwit()),
     ]
 }
 
@@ -90,6 +94,39 @@ fn container_is_not_paused_by_the_client_and_ends_with_exit(stage: &Stage) -> Ou
     assert!(outside.join("image/inventory.img").exists());
     assert!(!stage.a.events.topics(container.id()).iter().any(|topic| topic == "paused"));
     Ok(())
+}
+
+/// A checkpoint upon another one holds what was written since. CRIU can tell that on kernels with soft-dirty tracking
+/// alone.
+fn parent_images_are_built_upon_or_refused_by_name(stage: &Stage) -> Outcome {
+    let container = stage.a.plan("upon").run(&COUNTER)?;
+    await_count_past(&container, 10)?;
+    let (first, outside) = with_paths(stage, CheckpointOptions::default())?;
+    stage.a.rpc.checkpoint(container.id(), Some(first.to_any()))?;
+    let scratch = outside.parent().unwrap_or(&outside);
+    let above = outside.strip_prefix(scratch).unwrap_or(&outside).join("image");
+    let parent_path = format!("../../{}", above.display());
+    let (second, outside) = with_paths(stage, CheckpointOptions { parent_path, ..Default::default() })?;
+    match stage.a.rpc.checkpoint(container.id(), Some(second.to_any())) {
+        Ok(()) => assert!(outside.join("image/parent").is_symlink()),
+        Err(refusal) => {
+            assert!(refusal.message.contains("soft-dirty"), "{refusal}");
+        }
+    }
+    assert_eq!(container.state()?, Some(Status::Running));
+    let now = count(&container)?;
+    await_count_past(&container, now).map(drop)
+}
+
+fn parent_images_that_are_not_there_are_refused_by_name(stage: &Stage) -> Outcome {
+    let container = stage.a.plan("no-parent").run(&COUNTER)?;
+    let options = CheckpointOptions { parent_path: "../no-such-parent".to_owned(), ..Default::default() };
+    let (options, _outside) = with_paths(stage, options)?;
+    let refused = stage.a.rpc.checkpoint(container.id(), Some(options.to_any()));
+    let refusal = refused.expect_err("there are no such images");
+    assert!(refusal.message.contains("../no-such-parent"), "{refusal}");
+    assert_eq!(container.state()?, Some(Status::Running));
+    await_count_past(&container, 0).map(drop)
 }
 
 /// Claims that a checkpoint without options fails, and that the container goes on.

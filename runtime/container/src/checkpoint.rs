@@ -179,8 +179,9 @@ impl Dump {
             let start = || scratch::start(program, setup, &used);
             if shortcuts.network { netns::run_in_that_of(pid, start)? } else { start() }
         })?;
-        if options.pre_dump && !session.features()?.memory_tracking {
-            return Err(CheckpointError::PreDumpUnsupported);
+        if (options.pre_dump || options.parent_path.is_some()) && !session.features()?.memory_tracking {
+            let option = if options.pre_dump { "pre-dump" } else { "parent-path" };
+            return Err(CheckpointError::TrackingUnsupported { option });
         }
         let request = request(stored, pid, options, &shortcuts)?;
         if !options.pre_dump {

@@ -30,12 +30,15 @@ pub enum CheckpointError {
         /// What it is instead of running or paused.
         status: Status,
     },
-    /// `--pre-dump` on a kernel that cannot tell which pages were written.
+    /// An option that needs a kernel which can tell the pages that were written.
     #[error(
-        "pre-dump needs soft-dirty memory tracking, which this kernel lacks (CONFIG_MEM_SOFT_DIRTY); \
-         checkpoint without --pre-dump"
+        "{option} needs soft-dirty memory tracking, which this kernel lacks (CONFIG_MEM_SOFT_DIRTY); \
+         checkpoint without --{option}"
     )]
-    PreDumpUnsupported,
+    TrackingUnsupported {
+        /// The option, `pre-dump` or `parent-path`.
+        option: &'static str,
+    },
     /// The parent images cannot be used.
     #[error("parent path {path} {reason}")]
     ParentPath {
