@@ -2,7 +2,7 @@
 
 use containerd_client::types::v1::Status;
 use godwit_integration::case;
-use godwit_integration::suite::options::CheckpointOptions;
+use godwit_integration::suite::options::{CheckpointOptions, TaskOptions};
 use godwit_integration::suite::trouble::skip;
 use godwit_integration::suite::{Answer, Case, Container, Outcome, Runtime, Stage, await_that};
 
@@ -15,6 +15,7 @@ pub(super) fn cases() -> Vec<Case> {
         case!(container_without_a_task_is_not_moved),
         case!(paused_container_is_to_be_resumed_first),
         case!(container_of_another_runtime_is_told_what_to_use).on(|lane| lane.runtime == Runtime::Godwit),
+        case!(container_that_runc_made_under_our_shim_is_told_what_to_use),
         case!(command_line_that_makes_no_sense_is_refused_by_name),
         case!(request_that_makes_no_sense_is_refused_by_name),
         case!(second_migration_of_the_same_container_is_refused),
@@ -66,6 +67,18 @@ fn container_of_another_runtime_is_told_what_to_use(stage: &Stage) -> Outcome {
     let pid = container.pid()?;
     let answer = stage.a.migrate(container.id(), "node-b", &[])?;
     assert_says(answer, &["io.containerd.runc.v2", "io.containerd.godwit.v1"])?;
+    assert_untouched(stage, &container, pid)
+}
+
+/// dockerd asks for runc by name even where this build's shim stands in the place of containerd's.
+fn container_that_runc_made_under_our_shim_is_told_what_to_use(stage: &Stage) -> Outcome {
+    let container = stage.a.plan("by-runc").create(&["sleep", "1000"])?;
+    let rootfs = stage.a.rpc.rootfs(container.id())?;
+    let options = TaskOptions { binary_name: "runc".to_owned(), ..Default::default() };
+    stage.a.rpc.create(container.id(), rootfs, Some(options.to_any()))?;
+    stage.a.rpc.start(container.id(), "")?;
+    let pid = container.pid()?;
+    assert_says(stage.a.migrate(container.id(), "node-b", &[])?, &["another OCI runtime", "BinaryName"])?;
     assert_untouched(stage, &container, pid)
 }
 

@@ -105,6 +105,12 @@ pub enum ContainerError {
         /// What the system answered.
         source: std::io::Error,
     },
+    /// The container's state is of another runtime, which alone understands it.
+    #[error("{path} is another OCI runtime's; make the container with godwit (the shim's option BinaryName)")]
+    Foreign {
+        /// The state.
+        path: PathBuf,
+    },
     /// A JSON file of the container does not parse.
     #[error("{path}: {source}")]
     Json {

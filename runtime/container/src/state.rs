@@ -99,13 +99,17 @@ impl Store {
     /// Reads the container `id`.
     ///
     /// # Errors
-    /// [`ContainerError::NotFound`], [`ContainerError::InvalidId`], or what is wrong with its files.
+    /// [`ContainerError::NotFound`], [`ContainerError::InvalidId`], [`ContainerError::Foreign`], or what is wrong
+    /// with its files.
     pub fn open(&self, id: &str) -> Result<Stored> {
         let directory = self.directory(id)?;
         let path = directory.join(STATE_FILE);
         let state: State = match read_json(&path) {
             Err(ContainerError::File { source, .. }) if source.kind() == ErrorKind::NotFound => {
                 return Err(ContainerError::NotFound { id: id.to_owned() });
+            }
+            Err(ContainerError::Json { .. }) if is_foreign(&path) => {
+                return Err(ContainerError::Foreign { path });
             }
             other => other?,
         };
@@ -271,6 +275,11 @@ pub(crate) fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> 
     serde_json::from_slice(&text).map_err(ContainerError::json(path))
 }
 
+/// Whether a state is one that runc writes, under the same name but in a form of its own.
+fn is_foreign(path: &Path) -> bool {
+    read_json::<serde_json::Value>(path).is_ok_and(|state| state.get(RUNC_FIELD).is_some())
+}
+
 /// Replaces `path` as a whole.
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_vec(value).map_err(ContainerError::json(path))?;
@@ -293,6 +302,8 @@ pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 pub(crate) const STATE_FILE: &str = "state.json";
+/// A field of runc's state that is in no other runtime's.
+const RUNC_FIELD: &str = "init_process_pid";
 const EXTRA_FILE: &str = "godwit.json";
 const NOTIFY_FILE: &str = "notify.sock";
 /// A file name's maximum.
@@ -312,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_container_and_a_torn_state_are_told_apart() {
+    fn a_missing_container_a_torn_state_and_another_runtimes_are_told_apart() {
         let root = tempfile::tempdir().unwrap();
         let store = Store::new(root.path());
         assert!(matches!(store.open("web"), Err(ContainerError::NotFound { .. })));
@@ -321,6 +332,8 @@ mod tests {
         fs::write(root.path().join("web/state.json"), "{\"ociVersion\":").unwrap();
         assert!(matches!(store.open("web"), Err(ContainerError::Json { .. })));
         assert!(store.list().unwrap().is_empty());
+        fs::write(root.path().join("web/state.json"), r#"{"id":"web","init_process_pid":7}"#).unwrap();
+        assert!(matches!(store.open("web"), Err(ContainerError::Foreign { .. })));
     }
 
     #[test]
