@@ -77,6 +77,8 @@ impl Checkpointer for CriuCheckpointer {
             external_unix_sockets: true,
             file_locks: true,
             shortcuts: true,
+            // CRIU writes every line by a call of its own, and the container is frozen meanwhile.
+            terse_log: !log::log_enabled!(log::Level::Debug),
             hidden: hidden.cloned(),
             ..CheckpointOptions::new(images)
         };

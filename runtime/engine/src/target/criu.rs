@@ -52,6 +52,7 @@ impl Restorer for CriuRestorer {
             console_socket: self.console_socket.clone(),
             systemd_cgroup: self.systemd_cgroup,
             hold: hold_for(images)?,
+            terse_log: !log::log_enabled!(log::Level::Debug),
             lazy_pages,
             ..RestoreOptions::new(&self.bundle, images)
         };
