@@ -115,7 +115,8 @@ fn scope_of(of_init: &Path, triple: &str, id: &str) -> PathBuf {
     of_init.to_owned()
 }
 
-fn below(root: &Path, path: &Path) -> PathBuf {
+/// The directory of the cgroup `path` in the hierarchy that is mounted at `root`.
+pub(crate) fn below(root: &Path, path: &Path) -> PathBuf {
     root.join(path.strip_prefix("/").unwrap_or(path))
 }
 

@@ -13,6 +13,7 @@ use libcontainer::error::LibcontainerError;
 use libcontainer::oci_spec::runtime::{LinuxNamespaceType, Spec};
 use libcontainer::syscall::syscall::SyscallType;
 
+use crate::bare_cgroups;
 use crate::checkpoint::external;
 use crate::devices;
 use crate::error::{ContainerError, Result};
@@ -62,12 +63,20 @@ pub fn create(store: &Store, id: &str, options: &CreateOptions) -> Result<Stored
         godwit_sys::keyring::join_session(id)?;
     }
     fs::create_dir_all(store.root()).map_err(ContainerError::file(store.root()))?;
-    match build(store, id, &bundle, options) {
+    let cgroup = cgroup_path(&spec, id);
+    let entered = (!options.systemd_cgroup).then(|| bare_cgroups::enter(&cgroup));
+    let built = build(store, id, &bundle, options);
+    drop(entered);
+    match built {
         Ok(container) => finish(store, container, &spec, rootfs, options).inspect_err(|_| undo(store, id)),
         Err(error) => {
             // libcontainer removes what its own steps made, not what came before them.
             if !matches!(error, LibcontainerError::Exist) {
                 undo(store, id);
+                if !options.systemd_cgroup {
+                    // No configuration was written that a deletion could know them by.
+                    bare_cgroups::remove(&cgroup);
+                }
             }
             process::reap_failed();
             Err(process_failure(&error))
@@ -113,6 +122,12 @@ fn finish(
     update::keep_oom_killer_off(&stored, spec)?;
     write_pid(options.pid_file.as_deref(), pid)?;
     Ok(stored)
+}
+
+/// The path of the container's cgroup, as libcontainer has it.
+fn cgroup_path(spec: &Spec, id: &str) -> PathBuf {
+    let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
+    path.unwrap_or_else(|| format!(":youki:{id}").into())
 }
 
 /// Tells whether the container gets a network namespace of its own, in which the loopback device is off at first.

@@ -15,6 +15,7 @@ use libcontainer::error::LibcontainerError;
 use libcontainer::oci_spec::runtime::{Capabilities, Capability, Process, Spec};
 use libcontainer::syscall::syscall::SyscallType;
 
+use crate::bare_cgroups;
 use crate::create::write_pid;
 use crate::error::{ContainerError, Result};
 use crate::executor::{Credentials, ExecExecutor, no_capabilities};
@@ -169,7 +170,11 @@ pub fn exec(stored: &Stored, mut process: Process, options: &ExecOptions) -> Res
     let credentials = Credentials::taken_from(&mut process, seccomp, foreign_user_namespace(init)?)?;
     godwit_sys::keyring::join_session(stored.id())?;
     let scratch = Scratch::new(stored, &process)?;
-    let pid = build(stored, &scratch, credentials, options).map_err(|error| {
+    let entered =
+        if stored.uses_systemd() { None } else { Some(bare_cgroups::enter(&stored.cgroup_path()?)) };
+    let built = build(stored, &scratch, credentials, options);
+    drop(entered);
+    let pid = built.map_err(|error| {
         process::reap_failed();
         process_failure(&error)
     })?;

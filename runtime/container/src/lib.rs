@@ -17,6 +17,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bare_cgroups;
 pub mod cgroup;
 pub mod checkpoint;
 pub mod create;

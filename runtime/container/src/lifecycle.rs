@@ -17,6 +17,7 @@ use libcontainer::notify_socket::NotifySocket;
 use libcontainer::oci_spec::runtime::Hook;
 use nix::sys::signal::Signal;
 
+use crate::bare_cgroups;
 use crate::cgroup::{self, FREEZE_LIMIT};
 use crate::error::{ContainerError, Result, causes};
 use crate::state::{Status, Store, Stored};
@@ -190,6 +191,9 @@ fn remove_cgroup(stored: &Stored) -> Result<Option<Vec<Hook>>> {
         std::thread::sleep(Duration::from_millis(10));
     }
     cgroup::manager(stored)?.remove().map_err(ContainerError::cgroup)?;
+    if !stored.uses_systemd() {
+        bare_cgroups::remove(&config.cgroup_path);
+    }
     Ok(config.hooks.and_then(|hooks| hooks.poststop().clone()))
 }
 

@@ -12,6 +12,7 @@ use libcontainer::config::YoukiConfig;
 use libcontainer::container::Container;
 use libcontainer::oci_spec::runtime::Spec;
 
+use crate::bare_cgroups;
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::mountinfo::{self, Mount};
 use crate::checkpoint::{external, path_text};
@@ -36,6 +37,7 @@ pub(super) fn join(
 ) -> Result<Joined> {
     let failed = |detail: String| ContainerError::Cgroup { detail };
     let config = YoukiConfig::load(directory).map_err(|error| failed(causes(&error)))?;
+    let path = config.cgroup_path.clone();
     let manager = create_cgroup_manager(CgroupConfig {
         cgroup_path: config.cgroup_path,
         systemd_cgroup: container.systemd(),
@@ -47,6 +49,9 @@ pub(super) fn join(
     let criu = criu.ok_or_else(|| failed("criu has no process id".to_owned()))?;
     let pid = record.set_pid(criu).pid().ok_or_else(|| failed(format!("criu {criu} has ended")))?;
     manager.add_task(pid).map_err(ContainerError::cgroup)?;
+    if !container.systemd() {
+        bare_cgroups::join(&path, criu);
+    }
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().clone());
     let resources = resources.unwrap_or_default();
     let limits = ControllerOpt {
