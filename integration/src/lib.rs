@@ -20,6 +20,7 @@ pub mod bed;
 pub mod cgroup;
 pub mod containerd;
 pub mod error;
+pub mod guests;
 pub mod image;
 pub mod node;
 pub mod process;

@@ -110,7 +110,7 @@ pub fn run(suite: &Suite) -> ExitCode {
         lanes.iter().for_each(|(lane, _)| println!("{lane}: test"));
         return ExitCode::SUCCESS;
     }
-    panic::set_hook(Box::new(|info| PANIC.with_borrow_mut(|text| *text = info.to_string())));
+    keep_panics();
     let tally = Mutex::new(Tally::default());
     let queue = Mutex::new(lanes.into_iter().collect::<VecDeque<_>>());
     thread::scope(|scope| {
@@ -122,22 +122,19 @@ pub fn run(suite: &Suite) -> ExitCode {
             });
         }
     });
-    let Tally { passed, failed, skipped } = lock(&tally).clone();
-    println!("\n{}: {passed} passed, {} failed, {skipped} skipped", suite.name, failed.len());
     if !is_full {
         let left = suite.cases.iter().filter(|case| case.is_slow).count();
         println!(
-            "  left to full runs (GODWIT_FULL=1), being slow: {left} cases, {} lanes",
+            "\nleft to full runs (GODWIT_FULL=1), being slow: {left} cases, {} lanes",
             suite.more_lanes.len()
         );
     }
-    failed.iter().for_each(|name| println!("  failed: {name}"));
-    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    lock(&tally).close(suite.name)
 }
 
 /// How many cases ended how.
-#[derive(Clone, Debug, Default)]
-struct Tally {
+#[derive(Debug, Default)]
+pub(super) struct Tally {
     passed: usize,
     failed: Vec<String>,
     skipped: usize,
@@ -145,7 +142,7 @@ struct Tally {
 
 impl Tally {
     /// Counts and prints how a case ended, and tells whether that is well.
-    fn enter(&mut self, name: String, started: Instant, outcome: Outcome) -> bool {
+    pub(super) fn enter(&mut self, name: String, started: Instant, outcome: Outcome) -> bool {
         let seconds = started.elapsed().as_secs_f64();
         match outcome {
             Ok(()) => {
@@ -164,6 +161,14 @@ impl Tally {
             }
         }
         true
+    }
+
+    /// Prints how a suite went, and returns the status to end with.
+    pub(super) fn close(&self, suite: &str) -> ExitCode {
+        let Self { passed, failed, skipped } = self;
+        println!("\n{suite}: {passed} passed, {} failed, {skipped} skipped", failed.len());
+        failed.iter().for_each(|name| println!("  failed: {name}"));
+        if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
 }
 
@@ -223,7 +228,7 @@ fn run_cases(stage: &Stage, cases: &[Case], enter: &(dyn Fn(&str, Instant, Outco
     let all_passed = AtomicBool::new(true);
     let finish = |case: Case| {
         let started = Instant::now();
-        if !enter(case.name, started, attempt(case, stage)) {
+        if !enter(case.name, started, attempt(|| (case.run)(stage))) {
             all_passed.store(false, Ordering::Relaxed);
         }
     };
@@ -240,9 +245,14 @@ fn run_cases(stage: &Stage, cases: &[Case], enter: &(dyn Fn(&str, Instant, Outco
     all_passed.into_inner()
 }
 
+/// Has panics of cases kept for [`attempt`] instead of printed.
+pub(super) fn keep_panics() {
+    panic::set_hook(Box::new(|info| PANIC.with_borrow_mut(|text| *text = info.to_string())));
+}
+
 /// Runs a case; a panic in it is its failure and nobody else's.
-fn attempt(case: Case, stage: &Stage) -> Outcome {
-    panic::catch_unwind(AssertUnwindSafe(|| (case.run)(stage))).unwrap_or_else(|_| {
+pub(super) fn attempt(case: impl FnOnce() -> Outcome) -> Outcome {
+    panic::catch_unwind(AssertUnwindSafe(case)).unwrap_or_else(|_| {
         let text = PANIC.with_borrow_mut(std::mem::take);
         Err(Trouble::Garbled { what: "what the case claims", text })
     })

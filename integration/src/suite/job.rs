@@ -78,9 +78,8 @@ impl Job {
     pub fn start(mut command: Command) -> Result<Self, Trouble> {
         let line = command.get_args().map(|word| word.to_string_lossy()).collect::<Vec<_>>();
         // A node's commands come behind the script that enters the node, which nobody wants to read.
-        let line = line.iter().skip_while(|word| !word.starts_with("/sys/fs/cgroup"));
-        let line =
-            line.skip_while(|word| word.starts_with("/sys/fs/cgroup")).cloned().collect::<Vec<_>>().join(" ");
+        let own = line.iter().rposition(|word| word.starts_with("/sys/fs/cgroup")).map_or(0, |last| last + 1);
+        let line = line[own..].join(" ");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(Trouble::io("run", &line))?;
         let stdin = child.stdin.take();

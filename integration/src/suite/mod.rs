@@ -21,6 +21,7 @@ pub mod job;
 pub mod lane;
 pub mod migration;
 pub mod options;
+pub mod pairs;
 pub mod rpc;
 pub mod site;
 pub mod trouble;
