@@ -91,6 +91,13 @@ fn every_process_is_in_the_containers_cgroup(stage: &Stage) -> Outcome {
     assert_eq!(inside, listed);
     // The shell may or may not have become the sleep.
     assert!(listed.len() >= 2, "{listed:?}");
+    // Of every hierarchy, those without a controller among them.
+    for pid in listed {
+        let path = format!("/proc/{pid}/cgroup");
+        let text = fs::read_to_string(&path).map_err(Trouble::io("read", &path))?;
+        let is_own = |line: &str| line.rsplit('/').next() == Some(container.id());
+        assert!(!text.is_empty() && text.lines().all(is_own), "{text}");
+    }
     Ok(())
 }
 
