@@ -47,14 +47,16 @@ pub(super) fn by_ctr(stage: &Stage, load: Load, memory_mb: u32) -> Result<Seen> 
     a.ctr(["image", "export", "--skip-manifest-json", ARCHIVE, &image])?;
     copy(stage)?;
     b.ctr(["image", "import", "--no-unpack", ARCHIVE])?;
+    // It returns as soon as the task runs, and leaves nobody to read what the task writes.
+    b.ctr(["container", "restore", "--live", "--rw", &running.id, &image])?;
     let output = File::options().append(true).open(&running.output)?;
-    let mut restore = b.ctr_command(["container", "restore", "--live", "--rw", &running.id, &image]);
-    let mut restore = restore.stdin(Stdio::null()).stdout(output).stderr(Stdio::null()).spawn()?;
+    let mut attach = b.ctr_command(["task", "attach", &running.id]);
+    let mut attach = attach.stdin(Stdio::null()).stdout(output).stderr(Stdio::null()).spawn()?;
     let ticks = running.await_ticks();
     let total = begin.elapsed();
     let gaps = observer.finish().gaps;
-    restore.kill()?;
-    restore.wait()?;
+    attach.kill()?;
+    attach.wait()?;
     for node in [a, b] {
         node.ctr(["image", "rm", &image])?;
         node.exec(["rm", "-f", ARCHIVE])?;
