@@ -19,8 +19,8 @@ use super::latency::Latency;
 use super::ledger::Ledger;
 use super::origin::Origin;
 use super::space::{Counters, Filled, Service, Space};
-use super::{Keeper, PageSource, Requester, SpacePlan};
-use crate::{MemoryError, PageRange, Result};
+use super::{Keeper, LEND_BYTES, PageSource, Requester, SpacePlan};
+use crate::{MemoryError, PAGE_BYTES, PageRange, Result};
 
 /// How a server works.
 #[derive(Debug, Clone, Copy)]
@@ -36,11 +36,12 @@ pub struct FaultConfig {
 }
 
 impl Default for FaultConfig {
-    /// As many threads as cores, up to 4; 256 KiB, and 64 KiB in need; 32 KiB from the other machine, which take a
-    /// quarter of a millisecond at 1 Gb/s.
+    /// As many threads as cores, up to 4; 2 MiB, which are a block of the store and given back in one step, and for
+    /// which a task that happens to miss a page of just these waits a millisecond or two; 64 KiB in need; 32 KiB from
+    /// the other machine, which take a quarter of a millisecond at 1 Gb/s.
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        Self { fill_threads: cores.min(4), fill_pages: 64, fault_pages: 16, request_pages: 8 }
+        Self { fill_threads: cores.min(4), fill_pages: FILL_PAGES, fault_pages: 16, request_pages: 8 }
     }
 }
 
@@ -375,6 +376,9 @@ fn bind(path: &Path) -> Result<UnixListener> {
 pub(super) fn call(call: &'static str) -> impl FnOnce(nix::errno::Errno) -> MemoryError {
     move |errno| SysError::Call { call, errno }.into()
 }
+
+/// As many as a source lends at once.
+const FILL_PAGES: u64 = LEND_BYTES / PAGE_BYTES;
 
 /// How long after a fault the fill keeps to small pieces.
 const QUIET_MS: u64 = 5;
