@@ -31,7 +31,7 @@ use godwit_protocol::request::Images as Place;
 use godwit_protocol::target::{Action, End, Event, Step, Target};
 use godwit_protocol::wire::Message;
 use godwit_protocol::wire::message::Resumed;
-use godwit_protocol::{Failure, worker};
+use godwit_protocol::{Failure, Mode, worker};
 
 pub use self::criu::{CriuRestorer, abilities};
 use self::images::Images;
@@ -158,6 +158,10 @@ pub fn run(
                 Place::Disk => MemoryStore::on_storage(images.path(), room_bytes),
             };
             let store = store.map_err(|error| TargetError::Memory(error.into()))?;
+            if (handover.mode, handover.images) == (Mode::Native, Place::Cache) {
+                // All pages come in the freeze, and to find memory for a page takes longer than to receive it.
+                store.take_ahead(handover.needs.memory_bytes);
+            }
             let warden = restorer.warden().map(Warden::start).transpose().map_err(TargetError::Warden)?;
             let received = Memory::receive(agent.streams()?, bulk_count, store, warden, tell);
             Some(received.map_err(TargetError::Memory)?)

@@ -111,10 +111,23 @@ impl Window {
     /// # Errors
     /// [`SysError::Call`].
     pub fn punch(&self, offset: u64, bytes: u64) -> Result<()> {
+        self.allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, bytes)
+    }
+
+    /// Takes the memory of these bytes, so that writing them does not have to.
+    ///
+    /// # Errors
+    /// [`SysError::Call`] when there is not enough; some may have been taken then.
+    pub fn reserve(&self, offset: u64, bytes: u64) -> Result<()> {
+        self.check(offset, bytes)?;
+        self.allocate(FallocateFlags::empty(), offset, bytes)
+    }
+
+    fn allocate(&self, mode: FallocateFlags, offset: u64, bytes: u64) -> Result<()> {
         let signed = |value: u64| {
             i64::try_from(value).map_err(|_| SysError::Call { call: "fallocate", errno: Errno::EFBIG })
         };
-        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let mode = mode | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(self.file.as_fd(), mode, signed(offset)?, signed(bytes)?)
             .map_err(SysError::call("fallocate"))
     }
@@ -158,6 +171,18 @@ mod tests {
         assert_eq!(window.resident_bytes().unwrap(), 0);
         window.read(9 * PAGE_BYTES, &mut buffer).unwrap();
         assert_eq!(buffer, [0; 16]);
+    }
+
+    #[test]
+    fn memory_taken_ahead_is_there_and_zero_until_it_is_written() {
+        let window = Window::new(c"test", 64 * PAGE_BYTES).unwrap();
+        window.reserve(8 * PAGE_BYTES, 8192).unwrap();
+        assert_eq!(window.resident_bytes().unwrap(), 8192);
+        window.write(8 * PAGE_BYTES, &[1; 4096]).unwrap();
+        let mut buffer = [7; 16];
+        window.read(9 * PAGE_BYTES, &mut buffer).unwrap();
+        assert_eq!((buffer, window.resident_bytes().unwrap()), ([0; 16], 8192));
+        assert!(window.reserve(63 * PAGE_BYTES, 8192).is_err());
     }
 
     #[test]

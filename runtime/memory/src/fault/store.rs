@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 use godwit_sys::page_range::{PAGE_BYTES, PageRange};
 use godwit_sys::window::Window;
@@ -83,6 +84,30 @@ impl MemoryStore {
         let shard = |_| Ok(Shard { window: window(window_bytes)?, index: Mutex::default() });
         let shards = (0..SHARDS).map(shard).collect::<Result<_>>()?;
         Ok(Self { shards, room_pages: AtomicU64::new(room_pages) })
+    }
+
+    /// Takes the memory for `bytes` bytes of pages before they come: then it need not be found while a container
+    /// stands still. What is taken and not needed goes with the store; where there is not enough, pages take theirs as
+    /// they come.
+    pub fn take_ahead(&self, bytes: u64) {
+        let room_bytes = self.room_pages.load(Ordering::Relaxed).saturating_mul(PAGE_BYTES);
+        let blocks = bytes.min(room_bytes) / LEND_BYTES / SHARDS as u64;
+        let take = |window: &Window| -> Result<()> {
+            // In steps: the kernel holds the file for as long as one takes.
+            for block in 0..blocks.min(window.bytes() / LEND_BYTES) {
+                window.reserve(block * LEND_BYTES, LEND_BYTES)?;
+            }
+            Ok(())
+        };
+        thread::scope(|scope| {
+            for Shard { window, .. } in &self.shards {
+                scope.spawn(move || {
+                    if let Err(error) = take(window) {
+                        log::debug!("memory is taken as pages come: {error}");
+                    }
+                });
+            }
+        });
     }
 
     /// Keeps the contents of pages of `pid` from `address` on.
@@ -366,6 +391,22 @@ mod tests {
         store.finish(7);
         assert_eq!(store.resident_bytes().unwrap(), PAGE_BYTES);
         assert_eq!((store.pages(7).pages(), store.pages(8).pages()), (0, 1));
+    }
+
+    #[test]
+    fn memory_taken_ahead_serves_the_pages_that_come() {
+        let store = MemoryStore::new(64 << 20).unwrap();
+        store.take_ahead(8 << 20);
+        assert_eq!(store.resident_bytes().unwrap(), 0, "not a block for each shard");
+        store.take_ahead(40 << 20);
+        assert_eq!(store.resident_bytes().unwrap(), 32 << 20);
+        store.put(7, LEND_BYTES, &[1; 4096]).unwrap();
+        assert_eq!(store.resident_bytes().unwrap(), 32 << 20);
+        assert_eq!(bytes(&store, 7, PageRange::page_at(LEND_BYTES)).unwrap(), [1; 4096]);
+        store.finish(7);
+        assert_eq!(store.resident_bytes().unwrap(), 30 << 20, "a block is given back whole");
+        store.take_ahead(1 << 30);
+        assert_eq!(store.resident_bytes().unwrap(), 64 << 20, "no more than its room");
     }
 
     #[test]
