@@ -78,9 +78,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 fn note_versions(figure: &mut Figure, version: Version) -> Result<()> {
     let tools = godwit_integration::tools::containerd(version)?;
     figure.note_version("containerd", &tools.join("containerd"));
-    figure.note_version("runc", "runc".as_ref());
-    let criu = godwit_integration::tools::cache().join("criu/sbin/criu");
-    figure.note_version("criu", if criu.exists() { &criu } else { "criu".as_ref() });
+    for (program, kept) in [("runc", "runc/bin/runc"), ("criu", "criu/sbin/criu")] {
+        let kept = godwit_integration::tools::cache().join(kept);
+        figure.note_version(program, if kept.exists() { &kept } else { program.as_ref() });
+    }
     figure.note_version("godwit", &godwit_integration::tools::built()?.join("godwit"));
     Ok(())
 }
