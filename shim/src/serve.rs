@@ -10,7 +10,7 @@ use std::{
         unix::net::UnixListener,
     },
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use containerd_shim::Flags;
@@ -36,6 +36,7 @@ use crate::{
 
 /// From containerd's knowing of the shim to the Create that it is started for, which follows at once.
 const FIRST_CREATE_MAX: Duration = Duration::from_secs(60);
+const FIRST_CREATE_POLL: Duration = Duration::from_millis(50);
 
 const TASK_V2: &str = "containerd.task.v2.Task";
 const TASK_V3: &str = "containerd.task.v3.Task";
@@ -96,15 +97,21 @@ async fn run(flags: &Flags) -> Result<()> {
     Ok(())
 }
 
-/// Returns once it is clear that containerd will not use this shim: the starter died before it had answered, or no
-/// container was asked for, because the starter was killed at the moment when it had.
+/// Returns once it is clear that containerd will not use this shim: the starter died before it had answered, or
+/// containerd gave up at the very moment when it had, and removed the bundle, which is the working directory.
 async fn abandoned(mut starter: pipe::Receiver, service: &Service) {
-    if matches!(starter.read_u8().await, Ok(ANSWERED)) {
-        tokio::time::sleep(FIRST_CREATE_MAX).await;
-        if service.was_used() {
-            std::future::pending::<()>().await;
-        }
+    if !matches!(starter.read_u8().await, Ok(ANSWERED)) {
+        return;
     }
+    let deadline = Instant::now() + FIRST_CREATE_MAX;
+    while !service.was_used() {
+        let bundle_is_gone = env::current_dir().is_err();
+        if bundle_is_gone || Instant::now() > deadline {
+            return;
+        }
+        tokio::time::sleep(FIRST_CREATE_POLL).await;
+    }
+    std::future::pending().await
 }
 
 /// Takes the socket out of standard input, and the pipe from the starter out of standard output.

@@ -17,6 +17,7 @@ pub(super) fn cases() -> Vec<Case> {
         case!(killed_shim_leaves_nothing_after_deletion),
         // runc's own shim may stay.
         case!(create_whose_client_dies_leaves_no_shim).on(|lane| lane.runtime.is_godwit()),
+        case!(shim_ends_when_its_bundle_goes_before_a_create).on(|lane| lane.runtime.is_godwit()),
         case!(containers_live_on_while_containerd_restarts).alone(),
     ]
 }
@@ -68,6 +69,27 @@ fn create_whose_client_dies_leaves_no_shim(stage: &Stage) -> Outcome {
         drop(container);
         await_that("no shim of it is left", || shim_of(&stage.a, &id).is_err())?;
     }
+    Ok(())
+}
+
+/// Starts a shim as containerd does, and then does what containerd does when the client went away just as the shim had
+/// answered: it removes the bundle, and tells nobody.
+fn shim_ends_when_its_bundle_goes_before_a_create(stage: &Stage) -> Outcome {
+    let id = stage.a.id("never-created");
+    let (inside, outside) = stage.a.scratch("never-created")?;
+    let spec = outside.join("config.json");
+    fs::write(&spec, "{}").map_err(Trouble::io("write", &spec))?;
+    let start = format!(
+        "cd {inside} && exec containerd-shim-godwit-v1 -namespace default -id {id} \
+         -address /run/containerd/containerd.sock start </dev/null"
+    );
+    let address = stage.a.command(&["sh", "-c", &start])?.ok()?;
+    let shim = shim_of(&stage.a, &id)?;
+    let socket = stage.a.node().path(address.trim().trim_start_matches("unix://"));
+    assert!(socket.exists(), "{address}");
+    fs::remove_dir_all(&outside).map_err(Trouble::io("remove", &outside))?;
+    await_that("the shim has ended", || !shim.is_alive())?;
+    assert!(!socket.exists(), "{address}");
     Ok(())
 }
 
