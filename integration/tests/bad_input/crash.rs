@@ -203,7 +203,7 @@ fn assert_not_frozen(pid: u32) -> Outcome {
 /// Returns a process of a node whose command line has all of `words`, the first of them in the program's name.
 /// Only the node's own processes are looked at, not those of containers, and in one hierarchy: what is looked for
 /// may live for a tenth of a second.
-fn find(site: &Site, words: &[&str]) -> Option<Daemon> {
+pub(super) fn find(site: &Site, words: &[&str]) -> Option<Daemon> {
     let list = site.node().cgroups().init_files().into_iter().next()?;
     let pids = fs::read_to_string(list).ok()?;
     pids.lines().filter_map(|pid| pid.parse().ok()).find(|pid| has_words(*pid, words)).and_then(Daemon::of)
@@ -218,4 +218,4 @@ fn has_words(pid: i32, words: &[&str]) -> bool {
 }
 
 /// How often a process to be killed is looked for.
-const ATTEMPTS: usize = 4;
+pub(super) const ATTEMPTS: usize = 4;

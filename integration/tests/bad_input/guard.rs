@@ -1,10 +1,17 @@
 //! Disturbances of node b that end when they are dropped, so that a case that fails does not spoil the next.
 
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+
 use godwit_integration::Node;
 use godwit_integration::node::{AGENT, AGENT_PORT};
 use godwit_integration::suite::{Outcome, Stage, Trouble, await_that};
 use godwit_integration::tools;
 use nix::sys::signal::Signal;
+
+/// What takes the room of a node's `/run`, and how much of it at a time.
+const FILLER: &str = "/run/filler";
+const FILLER_BLOCK_BYTES: usize = 1 << 20;
 
 /// A peer on node b that is no agent.
 #[derive(Debug)]
@@ -83,10 +90,29 @@ impl<'a> SmallStorage<'a> {
         let option = format!("remount,size={size}");
         self.stage.b.command(&["mount", "-o", &option, "/run"])?.ok().map(drop)
     }
+
+    /// Takes all the room that is left, but for a little that the node needs to say so.
+    pub(super) fn fill(&self) -> Outcome {
+        let path = self.stage.b.node().path(FILLER);
+        let mut filler = File::create(&path).map_err(Trouble::io("make", &path))?;
+        let block = vec![0; FILLER_BLOCK_BYTES];
+        let mut filled_bytes = 0;
+        loop {
+            match filler.write(&block) {
+                Ok(written) => filled_bytes += written as u64,
+                Err(error) if error.kind() == ErrorKind::StorageFull => break,
+                Err(error) => return Err(Trouble::io("fill", &path)(error)),
+            }
+        }
+        let leaves = filled_bytes.saturating_sub(FILLER_BLOCK_BYTES as u64);
+        filler.set_len(leaves).map_err(Trouble::io("shorten", &path))
+    }
 }
 
 impl Drop for SmallStorage<'_> {
     fn drop(&mut self) {
+        // There is none unless it was filled.
+        fs::remove_file(self.stage.b.node().path(FILLER)).ok();
         // The size that a tmpfs has unless told another.
         if let Err(trouble) = self.remount("50%") {
             eprintln!("node b stays small: {trouble}");

@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use godwit_integration::case;
-use godwit_integration::suite::{Case, Container, Outcome, Stage};
+use godwit_integration::suite::{Answer, Case, Container, Outcome, Stage, Trouble};
 
 use super::claim::{assert_counts_on, assert_says, counter};
+use super::crash::{ATTEMPTS, find};
 use super::guard::{AgentAway, SmallStorage};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -15,6 +16,7 @@ pub(super) fn cases() -> Vec<Case> {
         case!(snapshot_of_the_name_on_the_target_is_refused),
         case!(target_without_criu_is_told_to_install_it).alone(),
         case!(files_that_do_not_fit_on_the_target_are_refused).alone(),
+        case!(storage_that_fills_during_the_transfer_leaves_the_source_running).alone(),
         case!(second_attempt_after_a_failed_one_succeeds).alone(),
     ]
 }
@@ -74,6 +76,35 @@ fn files_that_do_not_fit_on_the_target_are_refused(stage: &Stage) -> Outcome {
     drop(small);
     assert_says(answer, &["target", "MiB", "free"])?;
     assert_counts_on(stage, &container, pid)
+}
+
+/// There is room enough when the target is asked, and somebody else takes it while the container is on its way.
+///
+/// On a busy machine it may be taken too late to matter. Then the migration goes through, which is as good, and
+/// another one is disturbed.
+fn storage_that_fills_during_the_transfer_leaves_the_source_running(stage: &Stage) -> Outcome {
+    for _ in 0..ATTEMPTS {
+        let (container, pid) = counter(stage, "filling")?;
+        container.exec(&["dd", "if=/dev/urandom", "of=/tmp/big", "bs=1048576", "count=48"])?.ok()?;
+        let there = Container::adopt(&stage.b, container.id());
+        let small = SmallStorage::with_free(stage, 96 << 20)?;
+        let mut job = stage.a.start_migration(container.id(), "node-b", &[])?;
+        while job.is_running() && find(&stage.b, &["godwit", "migrate-target", container.id()]).is_none() {}
+        small.fill()?;
+        let answer = Answer::read(job.wait()?)?;
+        drop(small);
+        if answer.code == 0 {
+            there.assert_runs()?;
+            continue;
+        }
+        assert_says(answer, &["tmp/big", "No space left"])?;
+        assert_counts_on(stage, &container, pid)?;
+        let (moved, _) = container.move_to(&stage.b)?;
+        moved.exec(&["test", "-e", "/tmp/big"])?.ok()?;
+        return Ok(());
+    }
+    let text = format!("{ATTEMPTS} migrations went through before it was full");
+    Err(Trouble::Garbled { what: "a transfer to be disturbed", text })
 }
 
 /// The target has no room at first, and then it has.

@@ -66,13 +66,19 @@ impl Record {
         Self { path: file("fate"), worker_path: file("worker") }
     }
 
-    /// Returns what has been decided.
+    /// Makes the record unless there is one, and returns what it holds.
+    ///
+    /// All later steps overwrite what is written here, so that they can be taken on a file system that is full.
     ///
     /// # Errors
     /// [`DecisionError`].
-    pub fn decision(&self) -> Result<Decision, DecisionError> {
+    pub fn begin(&self) -> Result<Decision, DecisionError> {
         let file = self.locked()?;
-        self.read(&file)
+        let decision = self.read(&file)?;
+        if decision == Decision::Undecided {
+            self.write(&file, decision)?;
+        }
+        Ok(decision)
     }
 
     /// Takes the step to `next` if the record allows it, and returns what the record holds afterwards.
@@ -242,7 +248,7 @@ mod tests {
         assert_eq!(ask(&record), (FateAnswer::Filling, false));
         drop(alive);
         record.ask(|| Err(DecisionError::Damaged { path: PathBuf::new() })).unwrap_err();
-        assert_eq!(record.decision().unwrap(), Decision::Filling);
+        assert_eq!(record.begin().unwrap(), Decision::Filling);
         assert_eq!(ask(&record), (FateAnswer::Lost, true));
         assert_eq!(ask(&record), (FateAnswer::Lost, false));
         assert_eq!(record.decide(Decision::Resumed).unwrap(), Decision::Lost);
@@ -258,12 +264,25 @@ mod tests {
         record.remove().unwrap();
     }
 
+    /// The room that all steps need is taken when it begins.
+    #[test]
+    fn steps_overwrite_what_was_written_at_first() {
+        let (_directory, record) = record();
+        assert_eq!(record.begin().unwrap(), Decision::Undecided);
+        let len = fs::metadata(&record.path).unwrap().len();
+        for decision in [Decision::Committed, Decision::Filling, Decision::Resumed] {
+            record.decide(decision).unwrap();
+            assert_eq!(record.begin().unwrap(), decision);
+        }
+        assert_eq!((len, fs::metadata(&record.path).unwrap().len()), (WORD_LEN as u64, len));
+    }
+
     #[test]
     fn a_migration_has_one_worker_and_a_damaged_record_is_an_error() {
         let (directory, record) = record();
         let _alive = record.work().unwrap();
         assert!(matches!(record.work(), Err(DecisionError::Taken { .. })));
         fs::write(directory.path().join("m.fate"), "resu").unwrap();
-        assert!(matches!(record.decision(), Err(DecisionError::Damaged { .. })));
+        assert!(matches!(record.begin(), Err(DecisionError::Damaged { .. })));
     }
 }

@@ -130,7 +130,7 @@ fn arrive(seat: &Seat, link: &mut Link, offer: Offer) -> Result<Option<Meeting>,
         return Ok(None);
     }
     let record = Record::of(seat.directory(), &offer.migration);
-    if record.decision().map_err(NodeError::from)? != Decision::Undecided {
+    if record.begin().map_err(NodeError::from)? != Decision::Undecided {
         return Err(known(&offer));
     }
     let wanted = blobs::wanted(&offer, &missing);
