@@ -1,5 +1,6 @@
 //! A node as a case uses it: its ctr, its containerd's calls, its events, and names nobody else uses.
 
+use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,6 +14,7 @@ use super::trouble::Trouble;
 use crate::bed::Bed;
 use crate::image::{Image, catalog};
 use crate::node::{Node, NodeName};
+use crate::process::Daemon;
 use crate::tools;
 
 /// A bed of a lane, with its two nodes ready to be used.
@@ -143,6 +145,21 @@ impl Site {
         Job::start(self.node().command(argv))?.wait()
     }
 
+    /// Finds a process of the node by its command line, which must have all of `words`, the first of them as the
+    /// beginning of the program's name.
+    ///
+    /// Only the node's own processes are looked at, not those of containers, and in one hierarchy: what is looked for
+    /// may live for a tenth of a second.
+    #[must_use]
+    pub fn process(&self, words: &[&str]) -> Option<Daemon> {
+        let list = self.node().cgroups().init_files().into_iter().next()?;
+        let pids = fs::read_to_string(list).ok()?;
+        pids.lines()
+            .filter_map(|pid| pid.parse().ok())
+            .find(|pid| has_words(*pid, words))
+            .and_then(Daemon::of)
+    }
+
     /// Begins to describe a container of busybox.
     #[must_use]
     pub fn plan(&self, stem: &str) -> Plan<'_> {
@@ -156,7 +173,7 @@ impl Site {
     pub fn scratch(&self, stem: &str) -> Result<(String, PathBuf), Trouble> {
         let inside = format!("/run/scratch/{}", self.id(stem));
         let outside = self.node().path(&inside);
-        std::fs::create_dir_all(&outside).map_err(Trouble::io("make", &outside))?;
+        fs::create_dir_all(&outside).map_err(Trouble::io("make", &outside))?;
         Ok((inside, outside))
     }
 
@@ -179,4 +196,12 @@ impl Site {
         }
         Ok(())
     }
+}
+
+fn has_words(pid: i32, words: &[&str]) -> bool {
+    let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let parts: Vec<&str> = line.split('\0').collect();
+    let Some((first, rest)) = words.split_first() else { return false };
+    let program = parts.first().and_then(|program| program.rsplit('/').next());
+    program.is_some_and(|program| program.starts_with(first)) && rest.iter().all(|word| parts.contains(word))
 }

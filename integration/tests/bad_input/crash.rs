@@ -12,7 +12,7 @@ use godwit_integration::cgroup::Hierarchy;
 use godwit_integration::node::AGENT;
 use godwit_integration::process::Daemon;
 use godwit_integration::suite::trouble::LIMIT;
-use godwit_integration::suite::{Answer, Case, Container, Outcome, Site, Stage, Trouble, await_that};
+use godwit_integration::suite::{Answer, Case, Container, Outcome, Stage, Trouble, await_that};
 use godwit_integration::workload::memory::Findings;
 use godwit_integration::workload::program;
 use nix::sys::signal::Signal;
@@ -34,41 +34,41 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn killed_target_shim_leaves_the_source_running(stage: &Stage) -> Outcome {
-    survives_kill(stage, "shim", |stage, id| find(&stage.b, &["containerd-shim", id]))
+    survives_kill(stage, "shim", |stage, id| stage.b.process(&["containerd-shim", id]))
 }
 
 fn killed_target_worker_leaves_the_source_running(stage: &Stage) -> Outcome {
-    survives_kill(stage, "target-worker", |stage, id| find(&stage.b, &["godwit", "migrate-target", id]))
+    survives_kill(stage, "target-worker", |stage, id| stage.b.process(&["godwit", "migrate-target", id]))
 }
 
 fn killed_source_worker_leaves_the_source_running(stage: &Stage) -> Outcome {
-    survives_kill(stage, "source-worker", |stage, id| find(&stage.a, &["godwit", "migrate-source", id]))
+    survives_kill(stage, "source-worker", |stage, id| stage.a.process(&["godwit", "migrate-source", id]))
 }
 
 /// Its CRIU lives on for as long as it takes to let go of the container, frozen all the while.
 fn source_worker_killed_in_mid_dump_leaves_nothing_frozen(stage: &Stage) -> Outcome {
     survives_kill(stage, "mid-dump", |stage, id| {
         // CRIU's title once it has its order.
-        find(&stage.a, &["criu: dump"]).and_then(|_| find(&stage.a, &["godwit", "migrate-source", id]))
+        stage.a.process(&["criu: dump"]).and_then(|_| stage.a.process(&["godwit", "migrate-source", id]))
     })
 }
 
 fn killed_criu_of_the_source_leaves_the_source_running(stage: &Stage) -> Outcome {
     survives_kill(stage, "source-criu", |stage, id| {
         // Once the target has its worker: those before that only look at what this node can do.
-        find(&stage.b, &["godwit", "migrate-target", id]).and_then(|_| find(&stage.a, &["criu", "swrk"]))
+        stage.b.process(&["godwit", "migrate-target", id]).and_then(|_| stage.a.process(&["criu", "swrk"]))
     })
 }
 
 fn killed_criu_of_the_target_leaves_the_source_running(stage: &Stage) -> Outcome {
-    survives_kill(stage, "target-criu", |stage, _| find(&stage.b, &["criu", "swrk"]))
+    survives_kill(stage, "target-criu", |stage, _| stage.b.process(&["criu", "swrk"]))
 }
 
 /// A dead agent cleans nothing up; the next one does.
 fn killed_agent_leaves_the_source_running(stage: &Stage) -> Outcome {
     survives_kill(stage, "agent", |stage, id| {
         // Once the container is on its way there.
-        find(&stage.b, &["containerd-shim", id]).and_then(|_| stage.b.node().daemon(AGENT))
+        stage.b.process(&["containerd-shim", id]).and_then(|_| stage.b.node().daemon(AGENT))
     })
 }
 
@@ -78,11 +78,11 @@ fn killed_client_leaves_exactly_one_whole_container(stage: &Stage) -> Outcome {
     let moved = Container::adopt(&stage.b, container.id());
     let job = stage.a.start_migration(container.id(), "node-b", &[])?;
     await_that("the migration is under way", || {
-        find(&stage.a, &["godwit", "migrate-source", container.id()]).is_some()
+        stage.a.process(&["godwit", "migrate-source", container.id()]).is_some()
     })?;
     job.kill();
     await_that("the migration is over", || {
-        find(&stage.a, &["godwit", "migrate-source", container.id()]).is_none()
+        stage.a.process(&["godwit", "migrate-source", container.id()]).is_none()
     })?;
     await_that("exactly one node has the container", || {
         let here = container.state().ok().flatten().is_some();
@@ -97,7 +97,7 @@ fn interrupted_client_gives_up_and_leaves_the_source_running(stage: &Stage) -> O
     let _there = Container::adopt(&stage.b, container.id());
     let pid = container.pid()?;
     let job = stage.a.start_migration(container.id(), "node-b", &[])?;
-    await_that("the target prepares", || find(&stage.b, &["containerd-shim", container.id()]).is_some())?;
+    await_that("the target prepares", || stage.b.process(&["containerd-shim", container.id()]).is_some())?;
     if let Some(client) = i32::try_from(job.pid()).ok().and_then(Daemon::of) {
         client.signal(Signal::SIGINT);
     }
@@ -198,23 +198,6 @@ fn assert_not_frozen(pid: u32) -> Outcome {
         }
     }
     Ok(())
-}
-
-/// Returns a process of a node whose command line has all of `words`, the first of them in the program's name.
-/// Only the node's own processes are looked at, not those of containers, and in one hierarchy: what is looked for
-/// may live for a tenth of a second.
-pub(super) fn find(site: &Site, words: &[&str]) -> Option<Daemon> {
-    let list = site.node().cgroups().init_files().into_iter().next()?;
-    let pids = fs::read_to_string(list).ok()?;
-    pids.lines().filter_map(|pid| pid.parse().ok()).find(|pid| has_words(*pid, words)).and_then(Daemon::of)
-}
-
-fn has_words(pid: i32, words: &[&str]) -> bool {
-    let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let parts: Vec<&str> = line.split('\0').collect();
-    let Some((first, rest)) = words.split_first() else { return false };
-    let program = parts.first().and_then(|program| program.rsplit('/').next());
-    program.is_some_and(|program| program.starts_with(first)) && rest.iter().all(|word| parts.contains(word))
 }
 
 /// How often a process to be killed is looked for.

@@ -6,7 +6,7 @@ use godwit_integration::case;
 use godwit_integration::suite::{Answer, Case, Container, Outcome, Stage, Trouble};
 
 use super::claim::{assert_counts_on, assert_says, counter};
-use super::crash::{ATTEMPTS, find};
+use super::crash::ATTEMPTS;
 use super::guard::{AgentAway, SmallStorage};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -89,7 +89,7 @@ fn storage_that_fills_during_the_transfer_leaves_the_source_running(stage: &Stag
         let there = Container::adopt(&stage.b, container.id());
         let small = SmallStorage::with_free(stage, 96 << 20)?;
         let mut job = stage.a.start_migration(container.id(), "node-b", &[])?;
-        while job.is_running() && find(&stage.b, &["godwit", "migrate-target", container.id()]).is_none() {}
+        while job.is_running() && stage.b.process(&["godwit", "migrate-target", container.id()]).is_none() {}
         small.fill()?;
         let answer = Answer::read(job.wait()?)?;
         drop(small);

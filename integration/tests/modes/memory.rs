@@ -51,8 +51,8 @@ pub(super) fn cases() -> Vec<Case> {
     };
     cases.extend([
         case!(huge_pages_arrive_by_precopy).alone(),
-        case!(huge_pages_arrive_by_every_mode).alone().slow(),
-        case!(a_hundred_thousand_mappings_arrive_by_every_mode).alone().slow(),
+        case!(huge_pages_go_to_and_fro_ten_times).alone().slow(),
+        case!(a_hundred_thousand_mappings_go_to_and_fro_ten_times).alone().slow(),
         case!(container_goes_to_and_fro_by_every_mode_in_turn),
     ]);
     cases.extend(
@@ -86,34 +86,31 @@ fn assert_travelled(report: &Report, mode: Mode, pages: u64) {
 }
 
 fn huge_pages_arrive_by_precopy(stage: &Stage) -> Outcome {
-    huge_pages_arrive(stage, &[Mode::Precopy])
+    with_huge_pages(|storm| arrives(stage, storm, Mode::Precopy))
 }
 
-fn huge_pages_arrive_by_every_mode(stage: &Stage) -> Outcome {
-    huge_pages_arrive(stage, &Mode::ALL)
+fn huge_pages_go_to_and_fro_ten_times(stage: &Stage) -> Outcome {
+    with_huge_pages(|storm| goes_to_and_fro(stage, storm, &ten_times()))
 }
 
-fn huge_pages_arrive(stage: &Stage, modes: &[Mode]) -> Outcome {
-    // As many at each end, which are both here.
+/// Runs a case on a program with huge pages, for which there are as many at each end; both ends are here.
+fn with_huge_pages(case: impl FnOnce(Storm) -> Outcome) -> Outcome {
     let pool = match Setting::at_least("vm.nr_hugepages", 2 * HUGE_PAGES) {
         Ok(pool) => pool,
         Err(why) => return skip(format!("there are no huge pages: {why}")),
     };
-    let storm = Storm { pages: HUGE_PAGES * 512, ..Storm::of("huge") };
-    for mode in modes {
-        arrives(stage, storm, *mode)?;
-    }
+    let outcome = case(Storm { pages: HUGE_PAGES * 512, ..Storm::of("huge") });
     drop(pool);
-    Ok(())
+    outcome
 }
 
-fn a_hundred_thousand_mappings_arrive_by_every_mode(stage: &Stage) -> Outcome {
+fn a_hundred_thousand_mappings_go_to_and_fro_ten_times(stage: &Stage) -> Outcome {
     let storm = Storm { count: 100_000, ..Storm::of("vmas") };
     let limit = match Setting::at_least("vm.max_map_count", 2 * storm.count) {
         Ok(limit) => limit,
         Err(why) => return skip(format!("a process may not have so many mappings: {why}")),
     };
-    let outcome = Mode::ALL.into_iter().try_for_each(|mode| arrives(stage, storm, mode));
+    let outcome = goes_to_and_fro(stage, storm, &ten_times());
     drop(limit);
     outcome
 }
