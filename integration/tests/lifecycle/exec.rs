@@ -95,11 +95,19 @@ fn exec_outlives_nothing_when_init_ends(stage: &Stage) -> Outcome {
     Ok(())
 }
 
+/// They end when all have been heard, for ctr may miss the output of a process that ends at once.
 fn many_execs_run_side_by_side(stage: &Stage) -> Outcome {
     let container = stage.a.plan("exec-many").run(&["sleep", "1000"])?;
     let jobs: Vec<_> = (0..20)
-        .map(|code| container.start_exec(&[], &["sh", "-c", &format!("echo {code}; exit {code}")]))
+        .map(|code| {
+            let script = format!("echo {code}; until [ -e /tmp/heard ]; do usleep 10000; done; exit {code}");
+            container.start_exec(&[], &["sh", "-c", &script])
+        })
         .collect::<Result<_, _>>()?;
+    for (code, job) in jobs.iter().enumerate() {
+        job.await_stdout(&format!("{code}\n"))?;
+    }
+    container.exec(&["touch", "/tmp/heard"])?.ok()?;
     for (code, job) in (0..20).zip(jobs) {
         let done = job.wait()?.with_code(code)?;
         assert_eq!(done.stdout, format!("{code}\n"));

@@ -1,12 +1,14 @@
 //! Standard streams: pipes, terminals, files and logging programs.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::io::Read;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 
 use containerd_client::types::v1::Status;
 use godwit_integration::case;
 use godwit_integration::suite::rpc::Streams;
 use godwit_integration::suite::{Case, Outcome, Stage, Trouble, await_that};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::exec::process;
 
@@ -39,12 +41,35 @@ fn run_reads_its_input_to_the_end(stage: &Stage) -> Outcome {
     Ok(())
 }
 
+/// Read by the case itself, for ctr may end before it has read everything.
 fn ten_megabytes_of_output_arrive_whole(stage: &Stage) -> Outcome {
+    let rpc = &stage.a.rpc;
+    let container = stage.a.plan("output").run(&["sleep", "1000"])?;
+    let (inside, outside) = stage.a.scratch("output")?;
+    let stdout = format!("{inside}/out");
+    stage.a.command(&["mkfifo", &stdout])?.ok()?;
+    let fifo = outside.join("out");
+    let failed = Trouble::io("read", &fifo);
+    // Nobody writes to it yet, and opening it would wait for that.
+    let reader = fs::OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(&fifo);
+    let mut reader = reader.map_err(Trouble::io("open", &fifo))?;
     let script = "yes 0123456789abcde | head -c 10485760";
-    let text = stage.a.plan("output").run_to_end(&["sh", "-c", script])?.ok()?;
+    rpc.exec(
+        container.id(),
+        "yes",
+        &process(&["sh", "-c", script]),
+        &Streams { stdout: &stdout, stderr: &stdout, ..Streams::default() },
+    )?;
+    rpc.start(container.id(), "yes")?;
+    fcntl(&reader, FcntlArg::F_SETFL(OFlag::empty()))
+        .map_err(|errno| Trouble::io("open", &fifo)(errno.into()))?;
+    let mut text = Vec::new();
+    reader.read_to_end(&mut text).map_err(failed)?;
     assert_eq!(text.len(), 10 << 20);
-    assert!(text.as_bytes().chunks(16).all(|line| line == b"0123456789abcde\n"));
-    Ok(())
+    assert!(text.chunks(16).all(|line| line == b"0123456789abcde\n"));
+    assert_eq!(rpc.wait(container.id(), "yes")?, 0);
+    assert_eq!(rpc.delete_process(container.id(), "yes")?, 0);
+    container.stop()
 }
 
 fn run_on_a_terminal_talks_and_is_resized(stage: &Stage) -> Outcome {
