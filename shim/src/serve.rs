@@ -111,7 +111,7 @@ async fn abandoned(mut starter: pipe::Receiver, service: &Service) {
         }
         tokio::time::sleep(FIRST_CREATE_POLL).await;
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// Takes the socket out of standard input, and the pipe from the starter out of standard output.
