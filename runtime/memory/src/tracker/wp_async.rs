@@ -169,20 +169,9 @@ impl WpAsyncTracker {
     }
 }
 
-/// See [`super::everything`].
-pub(super) fn everything(processes: &[i32]) -> Result<Collection> {
-    let mut collection = Collection::default();
-    let mut buffer = vec![Region::default(); REGIONS];
-    let begin = Instant::now();
-    for pid in processes {
-        match scan_space(*pid, None, &mut buffer) {
-            Ok(found) => collection.deltas.push(found.into_delta(*pid, &mut PageSet::new())),
-            Err(MemoryError::Sys(SysError::NoProcess { .. })) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    collection.scan = begin.elapsed();
-    Ok(collection)
+/// All that a process has.
+pub(super) fn everything(pid: i32) -> Result<Found> {
+    scan_space(pid, None, &mut vec![Region::default(); REGIONS])
 }
 
 fn scan_space(pid: i32, faults: Option<&Userfaultfd>, buffer: &mut [Region]) -> Result<Found> {
