@@ -93,6 +93,9 @@ enum Verb {
         /// Refuse the scan of page tables that came with kernel 6.7.
         #[arg(long)]
         pagemap_scan: bool,
+        /// Refuse to have system calls answered by another process.
+        #[arg(long)]
+        seccomp_listener: bool,
         /// The program and its arguments.
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
@@ -147,7 +150,14 @@ fn main() -> ExitCode {
         Verb::Visit { server, content, connections } => {
             visit::run(&server, connections, &format!("{content}\n"))
         }
-        Verb::Deny { userfaultfd, pagemap_scan, command } => Err(deny(userfaultfd, pagemap_scan, &command)),
+        Verb::Deny { userfaultfd, pagemap_scan, seccomp_listener, command } => {
+            let denials = [
+                (userfaultfd, Denial::USERFAULTFD),
+                (pagemap_scan, Denial::PAGEMAP_SCAN),
+                (seccomp_listener, Denial::SECCOMP_LISTENER),
+            ];
+            Err(deny(&denials, &command))
+        }
         Verb::Lock { path } => program::hold_lock(&path),
         Verb::Connection => program::hold_connection(),
         Verb::Peer { port, manner } => peer::serve(port, manner),
@@ -163,10 +173,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// Becomes the command; returns why it could not.
-fn deny(userfaultfd: bool, pagemap_scan: bool, command: &[String]) -> io::Error {
-    let denials = [(userfaultfd, Denial::USERFAULTFD), (pagemap_scan, Denial::PAGEMAP_SCAN)];
-    let denials: Vec<_> = denials.into_iter().filter(|(asked, _)| *asked).map(|(_, denial)| denial).collect();
+/// Becomes the command, without what is asked to be refused; returns why it could not.
+fn deny(denials: &[(bool, Denial)], command: &[String]) -> io::Error {
+    let denials: Vec<_> = denials.iter().filter(|(asked, _)| *asked).map(|(_, denial)| *denial).collect();
     match (seccomp_deny::deny(&denials), command) {
         (Err(error), _) => io::Error::other(error),
         (Ok(()), [program, args @ ..]) => Command::new(program).args(args).exec(),

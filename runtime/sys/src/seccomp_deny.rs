@@ -26,6 +26,9 @@ impl Denial {
     /// A kernel that is older than 6.7.
     pub const PAGEMAP_SCAN: Self =
         Self { call: libc::SYS_ioctl, request: Some(SCAN_REQUEST), errno: Errno::ENOTTY };
+    /// A policy without user notifications of seccomp.
+    pub const SECCOMP_LISTENER: Self =
+        Self { call: libc::SYS_seccomp, request: Some(LISTENER_FLAG), errno: Errno::EACCES };
 
     /// Instructions that answer the call, and fall through for any other.
     fn instructions(self) -> Vec<libc::sock_filter> {
@@ -80,13 +83,19 @@ const ARCHITECTURE_OFFSET: u32 = 4;
 const REQUEST_OFFSET: u32 = 24;
 const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 const SCAN_REQUEST: u32 = 0xc060_6610;
+/// `SECCOMP_FILTER_FLAG_NEW_LISTENER`, alone.
+const LISTENER_FLAG: u32 = 1 << 3;
 
 #[cfg(test)]
 mod tests {
+    use std::io::ErrorKind;
+    use std::process::Command;
+
     use super::*;
     use crate::arena::Arena;
     use crate::page_range::PAGE_BYTES;
     use crate::pagemap_scan::{Pagemap, Region, Scan};
+    use crate::seccomp_notify::Filter;
     use crate::userfaultfd::Userfaultfd;
 
     #[test]
@@ -99,13 +108,17 @@ mod tests {
         let seen = std::thread::spawn(|| {
             let arena = Arena::map(PAGE_BYTES).unwrap();
             let before = Userfaultfd::for_arena(&arena).is_ok();
-            deny(&[Denial::USERFAULTFD, Denial::PAGEMAP_SCAN]).unwrap();
+            deny(&[Denial::USERFAULTFD, Denial::PAGEMAP_SCAN, Denial::SECCOMP_LISTENER]).unwrap();
             let own = i32::try_from(std::process::id()).unwrap();
             let pagemap = Pagemap::open(own).unwrap();
             let scan = pagemap.scan(arena.range(), Scan::default(), &mut [Region::default()]);
-            (before, Userfaultfd::for_arena(&arena).map(drop), scan.map(drop))
+            let mut command = Command::new("/proc/self/no-program");
+            let filter = Filter::attach(&mut command).unwrap();
+            let spawned = command.spawn();
+            drop(filter);
+            (before, Userfaultfd::for_arena(&arena).map(drop), scan.map(drop), spawned.unwrap_err().kind())
         });
-        let (before, faults, scan) = seen.join().unwrap();
+        let (before, faults, scan, filter) = seen.join().unwrap();
         let errno = |result: Result<()>| match result {
             Err(SysError::Call { errno, .. }) => Some(errno),
             _ => None,
@@ -114,5 +127,6 @@ mod tests {
             assert_eq!(errno(faults), Some(Errno::EPERM));
         }
         assert_eq!(errno(scan), Some(Errno::ENOTTY));
+        assert_eq!(filter, ErrorKind::PermissionDenied);
     }
 }
