@@ -84,6 +84,23 @@ fn fails_in_a_round(stage: &Stage, disturb: impl Fn(&Job, &str) -> Outcome) -> O
     BIG.assert_whole(&moved, &before)
 }
 
+/// Kills a worker of `site` while the container is frozen, and claims that it goes on at the source, whole, and thawed.
+pub(super) fn fails_in_the_freeze(stage: &Stage, site: &Site, worker: &str) -> Outcome {
+    let (container, before, pid) = big(stage)?;
+    let there = Container::adopt(&stage.b, container.id());
+    let slow = Shaped::link(stage, SLOW)?;
+    let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Native, &[])?;
+    await_phase(&mut job, "it is frozen", || {
+        freezer_state(&container).is_ok_and(|state| ["FROZEN", "1"].contains(&state.as_str()))
+    })?;
+    kill(site, &["godwit", worker, container.id()])?;
+    answer(job)?.failed()?;
+    drop(slow);
+    assert_thawed(&container)?;
+    BIG.assert_whole(&container, &before)?;
+    assert_stayed(&container, pid, &there)
+}
+
 fn auto_that_does_not_converge_gives_up_with_numbers(stage: &Stage) -> Outcome {
     let (container, before, pid) = big(stage)?;
     let there = Container::adopt(&stage.b, container.id());
@@ -234,10 +251,15 @@ fn is_tracked(pid: u32) -> bool {
 }
 
 fn assert_thawed(container: &Container<'_>) -> Outcome {
+    let state = freezer_state(container)?;
+    assert!(["THAWED", "0"].contains(&state.as_str()), "{state}");
+    Ok(())
+}
+
+fn freezer_state(container: &Container<'_>) -> Result<String, Trouble> {
     let path = container.cgroup_file("freezer/freezer.state", "cgroup.freeze")?;
     let text = fs::read_to_string(&path).map_err(Trouble::io("read", &path))?;
-    assert!(["THAWED", "0"].contains(&text.trim()), "{text}");
-    Ok(())
+    Ok(text.trim().to_owned())
 }
 
 /// Kills a process of a node (see [`Site::process`]).

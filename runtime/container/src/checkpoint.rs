@@ -78,8 +78,8 @@ pub struct CheckpointOptions {
     pub terse_log: bool,
     /// Leave out what a restore by godwit can do without, which is faster. No other runtime restores the images.
     pub shortcuts: bool,
-    /// Memory that CRIU shall not see. It may be filled until [`Dump::run`] is called; [`Dump::hiding`] says
-    /// whether it is used.
+    /// Memory that CRIU shall not see: all that it restores lazily. It may be filled until [`Dump::run`] is called;
+    /// where CRIU cannot be kept from seeing it, CRIU dumps lazily, which leaves out the same ([`Dump::hiding`]).
     pub hidden: Option<Hidden>,
 }
 
@@ -183,7 +183,8 @@ impl Dump {
             let option = if options.pre_dump { "pre-dump" } else { "parent-path" };
             return Err(CheckpointError::TrackingUnsupported { option });
         }
-        let request = request(stored, pid, options, &shortcuts)?;
+        let lazily = matches!(filter.hiding(), Hiding::Lazy(_));
+        let request = request(stored, pid, options, &shortcuts, lazily)?;
         if !options.pre_dump {
             descriptors::write(&options.image_path, &descriptors::of_process(pid)?)?;
         }
@@ -206,8 +207,7 @@ impl Dump {
         self.session.pid()
     }
 
-    /// Whether the memory of [`CheckpointOptions::hidden`] is kept from CRIU. If not, the dump is one with all
-    /// memory in its images.
+    /// How the memory of [`CheckpointOptions::hidden`] is kept out of the images.
     pub fn hiding(&self) -> &Hiding {
         self.filter.hiding()
     }
@@ -276,7 +276,13 @@ pub fn checkpoint(stored: &mut Stored, options: &CheckpointOptions) -> Result<()
     Ok(())
 }
 
-fn request(stored: &Stored, pid: i32, options: &CheckpointOptions, shortcuts: &Shortcuts) -> Result<Request> {
+fn request(
+    stored: &Stored,
+    pid: i32,
+    options: &CheckpointOptions,
+    shortcuts: &Shortcuts,
+    lazily: bool,
+) -> Result<Request> {
     let spec = stored.spec()?;
     let rootfs = path_text(stored.rootfs())?;
     let mut criu = Options::new(&options.image_path, options.work_path(), LOG_NAME)?
@@ -290,6 +296,7 @@ fn request(stored: &Stored, pid: i32, options: &CheckpointOptions, shortcuts: &S
         .file_locks(options.file_locks)
         .link_remap(options.link_remap)
         .auto_dedup(options.auto_dedup)
+        .lazy_pages(lazily)
         .terse_log(options.terse_log)
         .cgroups_mode(options.cgroups_mode)
         .empty_namespaces(if shortcuts.network { 0 } else { external::EMPTY_NAMESPACES })

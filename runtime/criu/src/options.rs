@@ -320,7 +320,8 @@ impl Options {
         self
     }
 
-    /// Leaves memory to be fetched on demand.
+    /// Restores memory to be fetched on demand, or dumps it so: the pages stay out of the images. For a dump see
+    /// [`Setup::without_page_server`](crate::Setup::without_page_server).
     #[must_use]
     pub fn lazy_pages(mut self, on: bool) -> Self {
         self.message.lazy_pages = Some(on);

@@ -16,6 +16,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -43,6 +44,7 @@ pub struct Setup {
     directory: Option<PathBuf>,
     adjust: Option<Adjust>,
     without_breakpoints: bool,
+    without_page_server: bool,
 }
 
 /// See [`Setup::adjust`].
@@ -50,12 +52,13 @@ type Adjust = Box<dyn FnOnce(&mut Command) -> std::result::Result<(), HookError>
 
 impl std::fmt::Debug for Setup {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { fds, stdin, directory, adjust: _, without_breakpoints } = self;
+        let Self { fds, stdin, directory, adjust: _, without_breakpoints, without_page_server } = self;
         let mut text = formatter.debug_struct("Setup");
         text.field("fds", fds)
             .field("stdin", stdin)
             .field("directory", directory)
             .field("without_breakpoints", without_breakpoints)
+            .field("without_page_server", without_page_server)
             .finish_non_exhaustive()
     }
 }
@@ -91,6 +94,13 @@ impl Setup {
     /// there: the kernel takes some 10 ms for each of those. It is what CRIU does where there are none.
     pub fn without_breakpoints(&mut self) {
         self.without_breakpoints = true;
+    }
+
+    /// Spares a lazy dump ([`Options::lazy_pages`]) its page server: who asks for such a dump has the pages by another
+    /// way. CRIU would listen for a client, also after a dump that was refused, and let go of the tasks only when one
+    /// came and left. It takes a connection in the place of that server, and gets one that has ended.
+    pub fn without_page_server(&mut self) {
+        self.without_page_server = true;
     }
 
     /// Where CRIU leaves what it writes to no directory of its request (core dumps).
@@ -160,7 +170,13 @@ impl Session {
     pub fn start(program: &Program, setup: Setup) -> Result<Self> {
         let socket = |source| CriuError::Socket { phase: Phase::Start, source };
         let (ours, theirs) = fdpass::seqpacket_pair().map_err(socket)?;
+        let spawn = |source| CriuError::Spawn { path: program.path().to_owned(), source };
         let mut command = Command::new(program.path());
+        if setup.without_page_server {
+            // Not over the wire: in a request for a lazy dump CRIU ignores all that is said of a page server.
+            let number = command.inherit_fd(ended_connection().map_err(spawn)?);
+            command.args(["--ps-socket", &number.to_string()]);
+        }
         let number = command.inherit_fd(theirs);
         command
             .args(["swrk", &number.to_string()])
@@ -182,8 +198,7 @@ impl Session {
             let script = "spawn".to_owned();
             adjust(&mut command).map_err(|source| CriuError::Hook { phase: Phase::Start, script, source })?;
         }
-        let child =
-            command.spawn().map_err(|source| CriuError::Spawn { path: program.path().to_owned(), source })?;
+        let child = command.spawn().map_err(spawn)?;
         // The command owns CRIU's end of the socket: while it lives here, CRIU's end would go unnoticed.
         drop(command);
         let mut session = Self::over(ours);
@@ -489,6 +504,12 @@ impl Drop for Session {
             process::reap(pid, FINISH_LIMIT).ok();
         }
     }
+}
+
+/// Returns a connection whose other end is closed.
+fn ended_connection() -> std::io::Result<OwnedFd> {
+    let (connection, _) = UnixStream::pair()?;
+    Ok(connection.into())
 }
 
 fn kind(request: Criu_req_type) -> Option<EnumOrUnknown<Criu_req_type>> {

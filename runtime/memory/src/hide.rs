@@ -15,11 +15,12 @@
 //! - The filter is inherited by what the child starts. It is for dumps; a restore would put it on the
 //!   restored tasks.
 //!
-//! Kernels before 6.7 have no PAGEMAP_SCAN, CRIU reads `/proc/PID/pagemap` there: [`probe`] says so.
+//! Kernels before 6.7 have no PAGEMAP_SCAN, CRIU reads `/proc/PID/pagemap` there; without CAP_SYS_ADMIN, or by a policy,
+//! filters are refused. [`probe`] says so.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -87,16 +88,23 @@ pub fn probe() -> Result<()> {
     Pagemap::open(own)
         .and_then(|pagemap| pagemap.scan(page, scan, &mut [Region::default()]))
         .map_err(|error| unavailable(format!("kernel 6.7 is needed ({error})")))?;
-    let mut command = Command::new("/proc/self/exe");
+    // The filter is put on ahead of the program, so a program that does not exist tells what becomes of the filter.
+    let mut command = Command::new(NO_PROGRAM);
     let prepared = prepare(&mut command)?;
-    drop((prepared, command));
-    Ok(())
+    let spawned = command.spawn();
+    drop(prepared);
+    match spawned {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(unavailable(format!("a filter of system calls is refused ({error})")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Makes `command` a filtered one. Spawn it, then call [`Prepared::start`].
 ///
 /// # Errors
-/// [`MemoryError::Sys`]. A kernel or policy that refuses the filter makes the spawn fail.
+/// [`MemoryError::Sys`]. Where [`probe`] fails the spawn does.
 pub fn prepare(command: &mut Command) -> Result<Prepared> {
     Ok(Prepared { filter: Filter::attach(command)? })
 }
@@ -234,6 +242,7 @@ fn errno_of(error: &SysError) -> Errno {
     }
 }
 
+const NO_PROGRAM: &str = "/proc/self/no-program";
 const RESIDENT: Categories = Categories::PRESENT.with(Categories::SWAPPED);
 /// CRIU has room for 2 MiB of pages, one region each, in the worst case; this is 16 times that.
 const REGIONS_MAX: usize = 1 << 13;

@@ -49,7 +49,7 @@ pub struct Abilities {
     /// Follow it without a halt of the container in each round.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cannot_track_running: Option<String>,
-    /// Dump with CRIU without the pages.
+    /// Keep the pages from CRIU. Without it CRIU dumps lazily: it finds all pages, and leaves them out of its images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cannot_hide: Option<String>,
     /// Restore with the pages still to come.
@@ -70,10 +70,8 @@ impl Plan {
     /// Tells whether godwit carries the pages between two such hosts, by what is asked for and what
     /// they can do. Both ends come to the same answer.
     #[must_use]
-    pub const fn is_ours(mode: Mode, images: Images, source: &Abilities, target: &Abilities) -> bool {
-        source.cannot_hide.is_none()
-            && target.cannot_serve.is_none()
-            && !matches!((mode, images), (Mode::Native, Images::Disk))
+    pub const fn is_ours(mode: Mode, images: Images, target: &Abilities) -> bool {
+        target.cannot_serve.is_none() && !matches!((mode, images), (Mode::Native, Images::Disk))
     }
 
     /// Chooses how pages travel.
@@ -87,15 +85,11 @@ impl Plan {
         source: &Abilities,
         target: &Abilities,
     ) -> Result<Self, String> {
-        let in_images = |why: &str| {
-            let note = format!("all pages travel in criu's images, in the freeze: {why}");
-            Ok(Self { way: Way::InImages, notes: vec![note] })
-        };
-        if let Some(why) = &source.cannot_hide {
-            return in_images(&format!("the source cannot dump without them ({why})"));
-        }
         if let Some(why) = &target.cannot_serve {
-            return in_images(&format!("the target cannot restore without them ({why})"));
+            let note = format!(
+                "all pages travel in criu's images, in the freeze: the target cannot restore without them ({why})"
+            );
+            return Ok(Self { way: Way::InImages, notes: vec![note] });
         }
         let way = match mode {
             // What checkpoint, copy and restore have always been: all of it in files on storage.
@@ -106,22 +100,29 @@ impl Plan {
             Mode::Postcopy => Way::Postcopy,
             Mode::Hybrid => Way::Hybrid,
         };
-        match &source.cannot_track {
-            Some(why) if way == Way::Auto => {
-                let way = if limits.allow_postcopy { Way::Postcopy } else { Way::Native };
-                Ok(Self { way, notes: vec![format!("no rounds of pre-copy: {why}")] })
-            }
-            Some(why) if way.has_rounds() => Err(format!(
-                "{mode} needs to know which pages are written, and the source cannot tell: {why}; use native or postcopy"
-            )),
-            _ => {
-                let halts = source.cannot_track_running.iter().filter(|_| way.has_rounds());
-                let note = |why| {
-                    format!("each round halts the container, to read which pages are soft-dirty: {why}")
-                };
-                Ok(Self { way, notes: halts.map(note).collect() })
-            }
+        let mut notes = Vec::new();
+        if let Some(why) = source.cannot_hide.as_ref().filter(|_| way.is_ours()) {
+            notes.push(format!("criu dumps lazily, which makes the freeze longer: {why}"));
         }
+        let way = match (&source.cannot_track, &source.cannot_track_running) {
+            (Some(why), _) if way == Way::Auto => {
+                notes.push(format!("no rounds of pre-copy: {why}"));
+                if limits.allow_postcopy { Way::Postcopy } else { Way::Native }
+            }
+            (Some(why), _) if way.has_rounds() => {
+                return Err(format!(
+                    "{mode} needs to know which pages are written, and the source cannot tell: {why}; use native or postcopy"
+                ));
+            }
+            (None, Some(why)) if way.has_rounds() => {
+                notes.push(format!(
+                    "each round halts the container, to read which pages are soft-dirty: {why}"
+                ));
+                way
+            }
+            _ => way,
+        };
+        Ok(Self { way, notes })
     }
 }
 
@@ -174,32 +175,41 @@ mod tests {
         }
     }
 
-    fn ours(mode: Mode, source: &Abilities, target: &Abilities) -> bool {
-        Plan::is_ours(mode, Images::Cache, source, target)
-    }
-
     #[test]
     fn native_through_storage_is_a_checkpoint_and_a_restore() {
         let able = Abilities::default();
         let choose = |mode| Plan::choose(mode, Images::Disk, &Limits::default(), &able, &able).unwrap();
         for mode in Mode::ALL {
             let plan = choose(mode);
-            assert_eq!(plan.way.is_ours(), Plan::is_ours(mode, Images::Disk, &able, &able));
+            assert_eq!(plan.way.is_ours(), Plan::is_ours(mode, Images::Disk, &able));
             assert_eq!(plan.way == Way::InImages, mode == Mode::Native);
         }
     }
 
     #[test]
-    fn without_hiding_or_serving_pages_go_the_old_way_and_the_report_says_so() {
+    fn without_serving_pages_go_the_old_way_and_the_report_says_so() {
         let able = Abilities::default();
-        let source = Abilities { cannot_hide: Some("no seccomp".to_owned()), ..Abilities::default() };
         let target = Abilities { cannot_serve: Some("no userfaultfd".to_owned()), ..Abilities::default() };
         for mode in Mode::ALL {
-            let plan = choose(mode, false, &source, &able).unwrap();
-            assert!(plan.way == Way::InImages && plan.notes[0].contains("no seccomp"));
-            assert!(!ours(mode, &source, &able) && !ours(mode, &able, &target) && ours(mode, &able, &able));
+            let ours = |target| Plan::is_ours(mode, Images::Cache, target);
+            assert!(!ours(&target) && ours(&able));
             let plan = choose(mode, false, &able, &target).unwrap();
             assert!(plan.way == Way::InImages && plan.notes[0].contains("no userfaultfd"));
         }
+    }
+
+    #[test]
+    fn without_hiding_criu_dumps_lazily_where_pages_are_ours_and_the_report_says_so() {
+        let able = Abilities::default();
+        let source = Abilities { cannot_hide: Some("no seccomp".to_owned()), ..Abilities::default() };
+        for (mode, images) in Mode::ALL.into_iter().flat_map(|mode| Images::ALL.map(|images| (mode, images)))
+        {
+            let choose = |source| Plan::choose(mode, images, &Limits::default(), source, &able).unwrap();
+            let plan = choose(&source);
+            assert_eq!(plan.way, choose(&able).way);
+            assert_eq!(plan.notes.iter().any(|note| note.contains("no seccomp")), plan.way.is_ours());
+        }
+        let both = Abilities { cannot_track: Some("no userfaultfd".to_owned()), ..source };
+        assert_eq!(choose(Mode::Auto, false, &both, &able).unwrap().notes.len(), 2);
     }
 }

@@ -15,17 +15,35 @@ use std::time::{Duration, Instant};
 use godwit_container::checkpoint::{CheckpointError, CheckpointOptions, Decision, Dump, Hiding, Outcome};
 use godwit_container::restore::{Hold, RestoreOptions, restore};
 use godwit_container::{Store, Stored, cgroup};
-use godwit_criu::Program;
+use godwit_criu::{CriuError, Program};
 use godwit_memory::fault::{FaultConfig, FaultServer, MemoryStore, Requester, SpacePlan};
 use godwit_memory::hide::Hidden;
 use godwit_memory::{MemoryError, PageRange, PageSet, maps, reader};
+use godwit_sys::mount::Mounted;
 use godwit_sys::pagemap_scan::{Categories, Pagemap, Region, Scan};
+use godwit_sys::seccomp_deny::{self, Denial};
 use serde_json::{Value, json};
 
 use crate::bed::{Bed, Container, Runtime::Godwit, eventually};
 
 #[test]
 fn memory_moves_outside_criu_and_what_is_given_up_leaves_no_trace() {
+    moves_outside_criu(&[]);
+}
+
+/// Where CRIU cannot be filtered it leaves the pages out itself.
+#[test]
+fn memory_moves_outside_a_lazy_dump_and_what_is_given_up_leaves_no_trace() {
+    moves_outside_criu(&[Denial::SECCOMP_LISTENER]);
+}
+
+/// Neither can it where it asks for page tables in the old way.
+#[test]
+fn memory_moves_outside_a_lazy_dump_of_a_kernel_before_6_7() {
+    moves_outside_criu(&[Denial::PAGEMAP_SCAN]);
+}
+
+fn moves_outside_criu(denials: &'static [Denial]) {
     Bed::with(&[Godwit], |bed| {
         fs::copy(std::env::current_exe().unwrap(), bed.path("rootfs/bin/check")).unwrap();
         bed.bundle("one", self_checking);
@@ -33,18 +51,26 @@ fn memory_moves_outside_criu_and_what_is_given_up_leaves_no_trace() {
         let stored = Store::new(bed.path("root")).open("one").unwrap();
         assert_checking(bed);
 
-        let Some((outcome, _)) = dump(bed, &stored, "given-up", Decision::Rollback) else { return };
-        assert_eq!(outcome, Outcome::RolledBack);
+        let Some((outcome, _)) = dump(bed, &stored, denials, "given-up", Decision::Rollback) else { return };
+        assert_eq!(outcome.unwrap(), Outcome::RolledBack);
         assert_eq!(one.status(), "running");
         assert_checking(bed);
 
-        let (outcome, memory) = dump(bed, &stored, "images", Decision::Commit).unwrap();
-        assert_eq!(outcome, Outcome::Committed);
+        // It fails when part of it is done.
+        fs::create_dir(bed.path("small")).unwrap();
+        let small = Mounted::tmpfs(&bed.path("small"), images_bytes(bed, "given-up") * 2 / 3).unwrap();
+        let (outcome, _) = dump(bed, &stored, denials, "small", Decision::Commit).unwrap();
+        assert!(matches!(outcome, Err(CheckpointError::Criu(CriuError::Failed { .. }))), "{outcome:?}");
+        drop(small);
+        assert_eq!(one.status(), "running");
+        assert_checking(bed);
+
+        let (outcome, memory) = dump(bed, &stored, denials, "images", Decision::Commit).unwrap();
+        assert_eq!(outcome.unwrap(), Outcome::Committed);
         one.reap();
         drop(one);
         assert!(memory.len() >= 2, "several processes: {:?}", memory.keys());
-        let images = fs::read_dir(bed.path("images")).unwrap();
-        let bytes: u64 = images.map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
+        let bytes = images_bytes(bed, "images");
         assert!(bytes < 8 << 20, "the images hold no bulk memory: {bytes} bytes");
 
         for hold in [Hold::PostRestore, Hold::PreResume] {
@@ -66,6 +92,11 @@ fn memory_moves_outside_criu_and_what_is_given_up_leaves_no_trace() {
             drop(two);
         }
     });
+}
+
+fn images_bytes(bed: &Bed, images: &str) -> u64 {
+    let files = fs::read_dir(bed.path(images)).unwrap();
+    files.map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
 }
 
 /// Changes a bundle so that it runs this program twice, beside a zombie.
@@ -135,18 +166,34 @@ fn assert_checking(bed: &Bed) {
 /// Pages of each process by its id in the container, with their contents in a store.
 type Memory = BTreeMap<i32, Vec<(PageRange, Vec<u8>)>>;
 
-/// Dumps with all memory hidden that can be restored lazily, and returns that memory.
-fn dump(bed: &Bed, stored: &Stored, images: &str, decision: Decision) -> Option<(Outcome, Memory)> {
+/// Dumps without the memory that can be restored lazily, by a CRIU that is denied some calls, and returns that memory.
+fn dump(
+    bed: &Bed,
+    stored: &Stored,
+    denials: &'static [Denial],
+    images: &str,
+    decision: Decision,
+) -> Option<(Result<Outcome, CheckpointError>, Memory)> {
     let hidden = Hidden::default();
     let options = CheckpointOptions {
         work_path: Some(bed.path("work")),
         hidden: Some(hidden.clone()),
         ..CheckpointOptions::new(bed.path(images))
     };
-    let dump = Dump::prepare(&Program::find().unwrap(), stored, &options).unwrap();
-    if let Hiding::Impossible(reason) = dump.hiding() {
-        eprintln!("SKIP: {reason}");
-        return None;
+    // In a thread of its own, which takes the denials along.
+    let prepare = || {
+        if !denials.is_empty() {
+            seccomp_deny::deny(denials).unwrap();
+        }
+        Dump::prepare(&Program::find().unwrap(), stored, &options).unwrap()
+    };
+    let dump = scope(|scope| scope.spawn(prepare).join().unwrap());
+    match dump.hiding() {
+        Hiding::Lazy(reason) if denials.is_empty() => {
+            eprintln!("SKIP: {reason}");
+            return None;
+        }
+        hiding => assert_eq!(matches!(hiding, Hiding::Active), denials.is_empty(), "{hiding:?}"),
     }
     let frozen = cgroup::freezer(stored).unwrap().freeze(Duration::from_secs(5)).unwrap();
     let mut memory = Memory::new();
@@ -163,11 +210,11 @@ fn dump(bed: &Bed, stored: &Stored, images: &str, decision: Decision) -> Option<
         println!("frozen to dumped without memory: {:?}", begin.elapsed());
         decision
     });
-    match decision {
-        Decision::Commit => frozen.commit(),
-        Decision::Rollback => frozen.thaw().unwrap(),
+    match outcome {
+        Ok(Outcome::Committed) => frozen.commit(),
+        Ok(Outcome::RolledBack) | Err(_) => frozen.thaw().unwrap(),
     }
-    Some((outcome.unwrap(), memory))
+    Some((outcome, memory))
 }
 
 fn read(pid: i32, lazy: &PageSet) -> Vec<(PageRange, Vec<u8>)> {

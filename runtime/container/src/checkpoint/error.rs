@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use godwit_criu::CriuError;
+use godwit_memory::MemoryError;
 use godwit_sys::SysError;
 
 use crate::error::ContainerError;
@@ -21,6 +22,9 @@ pub enum CheckpointError {
     /// CRIU, or the conversation with it.
     #[error(transparent)]
     Criu(#[from] CriuError),
+    /// Keeping memory from CRIU.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// A system call.
     #[error(transparent)]
     Sys(#[from] SysError),

@@ -36,10 +36,10 @@ pub trait Checkpointer {
     fn tasks(&self) -> Result<Box<dyn Tasks>, Cause>;
 
     /// Prepares a dump into the directory `images` while the container runs, and touches no task. What is `hidden`
-    /// when the dump runs is not in it.
+    /// when the dump runs, which is to be all that CRIU restores lazily, is not in it.
     ///
     /// # Errors
-    /// What is in the way of a dump, or of hiding.
+    /// What is in the way of a dump.
     fn prepare(&mut self, images: &Path, hidden: Option<&Hidden>) -> Result<Self::Dump, Cause>;
 
     /// Stops every task. From here on, dropping the value lets them run again.

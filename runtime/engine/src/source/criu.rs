@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use godwit_container::cgroup::FREEZE_LIMIT;
-use godwit_container::checkpoint::{CheckpointOptions, Decision, Dump, Hiding, Outcome, in_flight};
+use godwit_container::checkpoint::{CheckpointOptions, Decision, Dump, Outcome, in_flight};
 use godwit_container::{Stored, cgroup};
 use godwit_criu::Program;
 use godwit_memory::MemoryError;
@@ -82,11 +82,7 @@ impl Checkpointer for CriuCheckpointer {
             hidden: hidden.cloned(),
             ..CheckpointOptions::new(images)
         };
-        let dump = Dump::prepare(&Program::find()?, &self.stored, &options)?;
-        match dump.hiding() {
-            Hiding::Impossible(why) => Err(format!("memory cannot be kept from criu: {why}").into()),
-            Hiding::Active | Hiding::Unasked => Ok(dump),
-        }
+        Ok(Dump::prepare(&Program::find()?, &self.stored, &options)?)
     }
 
     fn freeze(&mut self) -> Result<(), Cause> {

@@ -79,9 +79,8 @@ pub(crate) struct PretendedDump {
 impl Checkpointer for PretendedCheckpointer {
     type Dump = PretendedDump;
 
-    /// Its pages travel in its images: there are no tasks whose memory could be followed.
     fn abilities(&self) -> Abilities {
-        Abilities { cannot_hide: Some("the tasks are pretended".to_owned()), ..Abilities::default() }
+        Abilities::default()
     }
 
     fn tasks(&self) -> Result<Box<dyn source::Tasks>, Cause> {

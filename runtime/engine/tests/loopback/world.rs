@@ -235,7 +235,11 @@ impl Agent {
         link.send(&Message::Accept(Box::new(Accept {
             missing,
             target: facts(),
-            abilities: Abilities::default(),
+            // Pages travel in images: the tasks are pretended, and have no memory.
+            abilities: Abilities {
+                cannot_serve: Some("nothing is restored".to_owned()),
+                ..Abilities::default()
+            },
         })))?;
         if dry_run {
             return Ok(());

@@ -123,8 +123,7 @@ fn arrive(seat: &Seat, link: &mut Link, offer: Offer) -> Result<Option<Meeting>,
     target::judge(&offer, &here).map_err(Refusal::Reject)?;
     let Observed { facts, missing, user_namespace, .. } = here;
     let abilities = godwit_engine::target::abilities(user_namespace);
-    let streams =
-        Plan::is_ours(offer.mode, offer.images, &offer.abilities, &abilities).then_some(offer.streams);
+    let streams = Plan::is_ours(offer.mode, offer.images, &abilities).then_some(offer.streams);
     if offer.dry_run {
         link.send(&Message::Accept(Box::new(Accept { missing, target: facts, abilities })))?;
         return Ok(None);
