@@ -188,12 +188,14 @@ impl Guest<'_> {
     /// # Errors
     /// When it does not come to that.
     pub fn migrate(self, id: &str, mode: Mode) -> Result<Report, Trouble> {
-        // A guest is slow: `auto` is not to give up for that.
-        let flags = if mode == Mode::Auto { "--downtime-limit 600000" } else { "" };
+        // A guest is slow: `auto` is not to give up for that, and rounds that lead nowhere are not to take minutes.
+        let limit = if mode == Mode::Auto { "--downtime-limit 600000" } else { "" };
+        let rounds = if mode.has_rounds() { "--max-rounds 2" } else { "" };
         let there = Guest { guests: self.guests, name: self.name.other() };
         let to = format!("node-{}", there.name);
-        let done =
-            self.try_sh(&format!("godwit migrate {id} --to {to} --mode {mode} --json --quiet {flags}"))?;
+        let done = self.try_sh(&format!(
+            "godwit migrate {id} --to {to} --mode {mode} --json --quiet {limit} {rounds}"
+        ))?;
         let text = done.stdout.clone();
         Answer::read(done)?.moved()?;
         let report = serde_json::from_str(&text).map_err(|_| Trouble::Garbled { what: "a report", text })?;

@@ -12,7 +12,12 @@ use std::process::ExitCode;
 use godwit_integration::suite::pairs::{self, Lane, PairCase, PairSuite};
 
 fn main() -> ExitCode {
-    pairs::run(&PairSuite { name: "guests", lanes: &[SAME, NEWER], prepare: host::prepare, cases: cases() })
+    pairs::run(&PairSuite {
+        name: "guests",
+        lanes: &[SAME, NEWER, OLD],
+        prepare: host::prepare,
+        cases: cases(),
+    })
 }
 
 fn cases() -> Vec<PairCase> {
@@ -24,5 +29,7 @@ fn cases() -> Vec<PairCase> {
 
 /// Writes are followed by userfaultfd, and by soft-dirty bits where that is denied.
 const SAME: Lane = Lane { name: "6.12", kernels: ["6.12", "6.12"] };
-/// Before kernel 6.7, CRIU's images carry the pages.
+/// Before kernel 6.7, writes are followed by soft-dirty bits, and CRIU dumps lazily.
 const NEWER: Lane = Lane { name: "6.1-to-6.12", kernels: ["6.1", "6.12"] };
+/// As before, and what the target restores with is as old.
+const OLD: Lane = Lane { name: "6.1", kernels: ["6.1", "6.1"] };
