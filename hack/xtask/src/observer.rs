@@ -4,8 +4,7 @@
 //! that both nodes append to, so the longest time in which the file did not grow is the blackout as a user of the
 //! container sees it, from the last instruction on one node to the first on the other.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,19 +25,21 @@ pub(crate) struct Gap {
 pub(crate) struct Seen {
     /// Stretches of at least [`GAP_MIN`] in which it did not grow, longest first.
     pub(crate) gaps: Vec<Gap>,
-    /// The number on its last line, every [`SAMPLE`] or so, with the time from the start of the watch.
+    /// The number on its last line whenever it had grown, with the time from the start of the watch.
     counts: Vec<(Duration, u64)>,
 }
 
 impl Seen {
     /// How much the number on the last line grew in the second after the longest gap; `None` if the watch ended
     /// before, or the lines are no numbers.
+    ///
+    /// It is counted from the first line after the gap: a program that counts millions in a second has counted tens of
+    /// thousands between its last line before the gap and the moment when it was stopped.
     pub(crate) fn count_after_longest_gap(&self) -> Option<u64> {
         let gap = self.gaps.first()?;
         let resumed = gap.start + gap.length;
-        let (_, before) = self.counts.iter().rev().find(|(time, _)| *time <= gap.start + SAMPLE)?;
-        let (_, after) = self.counts.iter().find(|(time, _)| *time >= resumed + Duration::from_secs(1))?;
-        Some(after.saturating_sub(*before))
+        let count_at = |wanted| self.counts.iter().find(|(time, _)| *time >= wanted).map(|(_, count)| *count);
+        Some(count_at(resumed + Duration::from_secs(1))?.saturating_sub(count_at(resumed)?))
     }
 }
 
@@ -68,7 +69,7 @@ impl Observer {
 
 fn watch(path: &Path, stop: &AtomicBool) -> Seen {
     let (begin, mut seen) = (Instant::now(), Seen::default());
-    let (mut last, mut sampled) = (None, Duration::ZERO);
+    let (mut last, mut sizes) = (None, Vec::new());
     while !stop.load(Ordering::Relaxed) {
         let (now, size) = (begin.elapsed(), fs::metadata(path).map_or(0, |data| data.len()));
         match last {
@@ -78,33 +79,28 @@ fn watch(path: &Path, stop: &AtomicBool) -> Seen {
                     seen.gaps.push(Gap { start: since, length });
                 }
                 last = Some((now, size));
-                if now >= sampled + SAMPLE {
-                    seen.counts.extend(last_number(path, size).map(|count| (now, count)));
-                    sampled = now;
-                }
+                sizes.push((now, size));
             }
             None if size > 0 => last = Some((now, size)),
             _ => {}
         }
         thread::sleep(PERIOD);
     }
+    let text = fs::read(path).unwrap_or_default();
+    let counts = sizes.into_iter().filter_map(|(time, size)| Some((time, last_number(&text, size)?)));
+    seen.counts = counts.collect();
     seen
 }
 
-/// The number on the last whole line of a file of at least `size` bytes.
-fn last_number(path: &Path, size: u64) -> Option<u64> {
-    let mut tail = [0; 64];
-    let file = File::open(path).ok()?;
-    let count = file.read_at(&mut tail, size.saturating_sub(64)).ok()?;
-    let text = std::str::from_utf8(&tail[..count]).ok()?;
-    text.rsplit('\n').nth(1)?.parse().ok()
+/// The number on the last whole line of the first `size` bytes.
+fn last_number(text: &[u8], size: u64) -> Option<u64> {
+    let text = text.get(..usize::try_from(size).ok()?)?;
+    let line = text.rsplit(|byte| *byte == b'\n').nth(1)?;
+    std::str::from_utf8(line).ok()?.parse().ok()
 }
 
 /// How often the observer looks.
 const PERIOD: Duration = Duration::from_micros(500);
-
-/// How often it reads what is written.
-const SAMPLE: Duration = Duration::from_millis(20);
 
 /// Shorter gaps are the scheduler's.
 const GAP_MIN: Duration = Duration::from_millis(10);
@@ -124,5 +120,27 @@ mod tests {
         let gaps = observer.finish().gaps;
         fs::remove_file(&path).unwrap();
         assert!(gaps.first().is_some_and(|gap| gap.length >= Duration::from_millis(40)), "{gaps:?}");
+    }
+
+    #[test]
+    fn what_was_counted_before_a_gap_is_not_counted_after_it() {
+        let at = Duration::from_millis;
+        let gaps = vec![Gap { start: at(100), length: at(50) }];
+        let counts =
+            vec![(at(99), 10), (at(150), 70_000), (at(700), 80_000), (at(1151), 90_000), (at(1200), 99_000)];
+        assert_eq!(
+            Seen { gaps: gaps.clone(), counts: counts.clone() }.count_after_longest_gap(),
+            Some(20_000)
+        );
+        assert_eq!(Seen { gaps, counts: counts[..3].to_vec() }.count_after_longest_gap(), None);
+    }
+
+    #[test]
+    fn a_line_counts_when_it_is_whole() {
+        let number = |size| last_number(b"12\n345\n6", size);
+        assert_eq!(
+            [number(2), number(3), number(6), number(7), number(8), number(9)],
+            [None, Some(12), Some(12), Some(345), Some(345), None]
+        );
     }
 }

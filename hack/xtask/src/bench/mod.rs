@@ -50,6 +50,8 @@ enum Name {
     Figure,
     /// Downtime in every mode, against ctr, runc with CRIU by hand, and CRIU's lazy pages.
     Peers,
+    /// A program that writes pages at random after a post-copy move, against CRIU's lazy pages.
+    Access,
     /// Downtime and its parts against memory and against the rate at which it is written.
     Scaling,
     /// Goodput by streams against iperf3.
@@ -68,6 +70,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         Name::Native => peers::run_native(arguments),
         Name::Figure => paper::run(arguments),
         Name::Peers => peers::run(arguments),
+        Name::Access => peers::run_access(arguments),
         Name::Scaling => scaling::run(arguments),
         Name::Link => link::run(arguments),
         Name::Tracker => tracker::run(arguments),
