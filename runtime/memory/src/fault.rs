@@ -9,11 +9,11 @@
 //!                                               │ next pages          ▼ shared: installing pages
 //!                                          fill threads ──UFFDIO_COPY──► tasks      pages from a [`PageSource`]
 //!
-//! a page that is remote:  fault ── [`Requester`] ──► the other machine ── … ──► [`FaultServer::arrived`]
-//!                                                          who waits for it gets it there, the fill does the rest
+//! a page that is remote:  fault ── [`Requester`] ──► the other machine ── … ──► [`FaultServer::bring`]
+//!                              into the task at once, or, where that cannot be, to the page source and the fill
 //! ```
 //! Invariants:
-//! - A page is installed from the ledger's `Held`, and is not `Held` afterwards: once each.
+//! - A page is installed from the ledger's `Held`, or as it arrives, and is `Installed` afterwards: once each.
 //! - What was dropped, unmapped or moved never gets old contents, also when they arrive afterwards: the kernel
 //!   refuses to install while such a change is unread (`EAGAIN`), and from the reading of it until the ledger knows
 //!   it, nobody installs (the ledger's lock is held exclusively meanwhile).
@@ -72,6 +72,12 @@ pub trait PageSource: Send + Sync {
     fn lend(&self, pid: i32, pages: PageRange, install: &mut dyn FnMut(Lent<'_>) -> Result<()>)
     -> Result<()>;
 
+    /// Takes the contents of pages that came and could not go into their task at once.
+    ///
+    /// # Errors
+    /// [`crate::MemoryError`] when there is no room.
+    fn keep(&self, pid: i32, pages: PageRange, contents: &[u8]) -> Result<()>;
+
     /// `pages` are in their task, and in no other's need.
     fn release(&self, pid: i32, pages: PageRange);
 
@@ -129,8 +135,8 @@ pub struct SpacePlan {
 
 /// Whoever can get remote pages.
 pub trait Requester: Send + Sync {
-    /// Asks for `pages` of `space`, which somebody waits for; [`FaultServer::arrived`] is called when they are in the
-    /// source. May not wait for them, nor for anything long: faults are answered by the same thread.
+    /// Asks for `pages` of `space`, which somebody waits for; [`FaultServer::bring`] is called when they come, or
+    /// [`FaultServer::arrived`] when they are in the source. May not wait for them, nor for anything long: faults are answered by the same thread.
     ///
     /// # Errors
     /// Why they cannot be asked for. Who waits for them goes on waiting, for they may come unasked.

@@ -97,6 +97,10 @@ impl PageSource for Computed {
         install(Lent::Bytes(&bytes))
     }
 
+    fn keep(&self, pid: i32, _: PageRange, _: &[u8]) -> Result<()> {
+        Err(MemoryError::Plan { pid, what: "computed pages are not brought".to_owned() })
+    }
+
     fn release(&self, _: i32, pages: PageRange) {
         self.released.fetch_add(pages.pages(), Ordering::SeqCst);
     }

@@ -1,8 +1,8 @@
-//! The target's end of the page streams: a thread each, into the store.
+//! The target's end of the page streams: a thread each.
 //!
 //! ```text
-//! agent ──► take thread ── joined stream ──► stream thread ── Pages ──► store.put ──► on_pages
-//!                                                 │           Zero, Absent ► store.forget ► on_zero
+//! agent ──► take thread ── joined stream ──► stream thread ── Pages ──► on_pages
+//!                                                 │           Zero, Absent ► on_zero
 //!                                                 └────────── StreamMark ─► on_mark, once all streams have it
 //! ```
 //! Locks: the marks are held while `on_mark` is called, so that rounds are told in order; nothing else is held while
@@ -12,8 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use godwit_memory::PageRange;
-use godwit_memory::fault::MemoryStore;
+use godwit_memory::{PageRange, Result as MemoryResult};
 use godwit_protocol::wire::Message;
 use godwit_protocol::wire::pages::{BULK_STREAMS_MAX, ROUND_LAST, Run, StreamId};
 
@@ -23,16 +22,22 @@ use super::streams::lock;
 use crate::handover::{JoinedStream, Streams};
 use crate::link::{Breaker, LinkError, ReceiveHalf, SendHalf};
 
-/// Who is told of what comes; from the streams' threads, which wait meanwhile.
+/// Who gets what comes; from the streams' threads, which wait meanwhile.
 pub trait Arrivals: Send + Sync {
-    /// Everything of `round` has come, and is in the store. [`ROUND_LAST`]: nothing follows on any stream.
+    /// Everything of `round` has come. [`ROUND_LAST`]: nothing follows on any stream.
     fn on_mark(&self, round: u32);
 
-    /// Pages with contents are in the store.
-    fn on_pages(&self, space: i32, pages: PageRange);
+    /// Pages have come, with their contents.
+    ///
+    /// # Errors
+    /// Why they cannot be kept: that ends all streams.
+    fn on_pages(&self, space: i32, pages: PageRange, contents: &[u8]) -> MemoryResult<()>;
 
-    /// Pages hold only zeros, or are not there; they are not in the store.
-    fn on_zero(&self, space: i32, pages: PageRange);
+    /// Pages hold only zeros, or are not there.
+    ///
+    /// # Errors
+    /// As [`Arrivals::on_pages`].
+    fn on_zero(&self, space: i32, pages: PageRange) -> MemoryResult<()>;
 
     /// The streams are broken, once.
     fn on_error(&self, error: PagesError);
@@ -46,7 +51,6 @@ pub struct PageReceiver {
 
 struct Shared {
     bulk_count: u8,
-    store: Arc<MemoryStore>,
     arrivals: Arc<dyn Arrivals>,
     streams: Mutex<Joined>,
     marks: Mutex<Marks>,
@@ -72,13 +76,11 @@ impl PageReceiver {
     pub fn start(
         mut streams: Streams,
         bulk_count: u8,
-        store: Arc<MemoryStore>,
         arrivals: Arc<dyn Arrivals>,
     ) -> Result<Self, PagesError> {
         let bulk_count = bulk_count.clamp(1, BULK_STREAMS_MAX);
         let shared = Arc::new(Shared {
             bulk_count,
-            store,
             arrivals,
             streams: Mutex::default(),
             marks: Mutex::new(Marks::of(bulk_count)),
@@ -203,12 +205,10 @@ impl Shared {
                     let expected = "the end of the stream";
                     return Err(broke(LinkError::Unexpected { kind: other.kind(), expected }));
                 }
-                Ok(Message::Pages { space, runs, bytes }) => self.keep(stream, space, &runs, bytes)?,
+                Ok(Message::Pages { space, runs, bytes }) => self.take(stream, space, &runs, bytes)?,
                 Ok(Message::ZeroPages { space, runs } | Message::AbsentPages { space, runs }) => {
                     for pages in self.ranges(stream, space, &runs) {
-                        let pages = pages?;
-                        self.store.forget(space, pages);
-                        self.arrivals.on_zero(space, pages);
+                        self.arrivals.on_zero(space, pages?)?;
                     }
                 }
                 Ok(Message::StreamMark { round }) => {
@@ -222,15 +222,14 @@ impl Shared {
         }
     }
 
-    fn keep(&self, stream: StreamId, space: i32, runs: &[Run], bytes: &[u8]) -> Result<(), PagesError> {
+    fn take(&self, stream: StreamId, space: i32, runs: &[Run], bytes: &[u8]) -> Result<(), PagesError> {
         let mut rest = bytes;
         for pages in self.ranges(stream, space, runs) {
             let pages = pages?;
             // Decoding has compared the runs with the contents.
             let len = usize::try_from(pages.bytes()).unwrap_or(usize::MAX).min(rest.len());
             let (contents, later) = rest.split_at(len);
-            self.store.put(space, pages.start(), contents)?;
-            self.arrivals.on_pages(space, pages);
+            self.arrivals.on_pages(space, pages, contents)?;
             rest = later;
         }
         self.received_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);

@@ -30,6 +30,7 @@ enum Heard {
 }
 
 struct Ears {
+    store: Arc<MemoryStore>,
     heard: Mutex<Sender<Heard>>,
     /// How often each page was told of: with contents, and without.
     pages: Mutex<BTreeMap<(i32, u64), (u32, u32)>>,
@@ -40,14 +41,18 @@ impl Arrivals for Ears {
         self.heard.lock().unwrap().send(Heard::Mark(round)).unwrap();
     }
 
-    fn on_pages(&self, space: i32, pages: PageRange) {
+    fn on_pages(&self, space: i32, pages: PageRange, contents: &[u8]) -> Result<(), MemoryError> {
+        self.store.put(space, pages.start(), contents)?;
         let mut told = self.pages.lock().unwrap();
         pages.chunks(1).for_each(|page| told.entry((space, page.start())).or_default().0 += 1);
+        Ok(())
     }
 
-    fn on_zero(&self, space: i32, pages: PageRange) {
+    fn on_zero(&self, space: i32, pages: PageRange) -> Result<(), MemoryError> {
+        self.store.forget(space, pages);
         let mut told = self.pages.lock().unwrap();
         pages.chunks(1).for_each(|page| told.entry((space, page.start())).or_default().1 += 1);
+        Ok(())
     }
 
     fn on_error(&self, error: PagesError) {
@@ -80,10 +85,10 @@ impl Target {
         });
         let store = Arc::new(MemoryStore::new(room_bytes).unwrap());
         let (sender, heard) = channel();
-        let ears = Arc::new(Ears { heard: Mutex::new(sender), pages: Mutex::default() });
+        let ears =
+            Arc::new(Ears { store: Arc::clone(&store), heard: Mutex::new(sender), pages: Mutex::default() });
         let arrivals: Arc<dyn Arrivals> = Arc::<Ears>::clone(&ears);
-        let receiver =
-            PageReceiver::start(Streams::of(worker), bulk_count, Arc::clone(&store), arrivals).unwrap();
+        let receiver = PageReceiver::start(Streams::of(worker), bulk_count, arrivals).unwrap();
         Self { port, receiver, store, ears, heard }
     }
 

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! page streams ──► store ──┐                       Gate: images complete + plan kept ──► Complete
-//! main link ── plan ───────┴─► FaultServer ◄── CRIU's lazy restore, then the tasks ──► Filled
-//!                                   └── pages that stayed at the source ──► request ──► page streams
+//!       │     main link ── plan ─► FaultServer ◄── CRIU's lazy restore, then the tasks ──► Filled
+//!       └── once it is there ─────────┘  └── pages that stayed at the source ──► request ──► page streams
 //! ```
 //! What the source says is checked against what came: the restore begins only when the store holds exactly as many
 //! pages of each space as the plan says, and nothing of a space that the plan does not name.
@@ -58,7 +58,7 @@ impl Memory {
             tell: Box::new(tell),
         });
         let arrivals: Arc<dyn Arrivals> = Arc::clone(&gate) as _;
-        let receiver = Arc::new(PageReceiver::start(streams, bulk_count, store, arrivals)?);
+        let receiver = Arc::new(PageReceiver::start(streams, bulk_count, arrivals)?);
         Ok(Self { gate, receiver, warden: warden.map(Arc::new) })
     }
 
@@ -280,11 +280,12 @@ impl Arrivals for Gate {
         self.check();
     }
 
-    fn on_pages(&self, space: i32, pages: PageRange) {
+    fn on_pages(&self, space: i32, pages: PageRange, contents: &[u8]) -> Result<(), MemoryError> {
         if let Some(server) = self.server.get() {
             self.arrived_pages.fetch_add(pages.pages(), Ordering::Relaxed);
-            return server.arrived(space, pages);
+            return server.bring(space, pages, contents);
         }
+        self.store.put(space, pages.start(), contents)?;
         let mut state = self.lock();
         if state.is_complete {
             self.arrived_pages.fetch_add(pages.pages(), Ordering::Relaxed);
@@ -293,18 +294,19 @@ impl Arrivals for Gate {
                 None => state.early.push((space, pages)),
             }
         }
+        Ok(())
     }
 
-    fn on_zero(&self, space: i32, pages: PageRange) {
+    fn on_zero(&self, space: i32, pages: PageRange) -> Result<(), MemoryError> {
         if !self.lock().is_complete {
-            return;
+            self.store.forget(space, pages);
+            return Ok(());
         }
         // A task may wait for it, and gets what the source has: zeros.
-        let zeros = vec![0; usize::try_from(pages.bytes()).unwrap_or(0)];
-        match self.store.put(space, pages.start(), &zeros) {
-            Ok(()) => self.on_pages(space, pages),
-            Err(error) => (self.tell)(Event::Failed { cause: causes(&error) }),
-        }
+        pages.chunks(ZEROS.len() as u64 / PAGE_BYTES).try_for_each(|part| {
+            let zeros = usize::try_from(part.bytes()).ok().and_then(|bytes| ZEROS.get(..bytes));
+            self.on_pages(space, part, zeros.unwrap_or_default())
+        })
     }
 
     fn on_error(&self, error: PagesError) {
@@ -346,4 +348,6 @@ impl Requester for Requests {
     fn finished(&self, _space: i32) {}
 }
 
+/// As many zeros as are put into a task at a time.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 const DRAIN_POLL: Duration = Duration::from_millis(100);

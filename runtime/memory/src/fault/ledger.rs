@@ -3,10 +3,11 @@
 //! ```text
 //!   Remote ──────request──────► Requested        a page in no segment: Absent
 //!      │                           │
-//!      └──────────arrive───────────┤
-//!                                  ▼
-//!                                Held ◄──settle──► Busy ──settle──► Installed
-//!                                     └──claim───►
+//!      ├──────────arrive───────────┤
+//!      │                           ▼
+//!      │                         Held ◄──settle─── Busy ──settle──► Installed
+//!      │                              └──claim───►   ▲
+//!      └──────────claim_arriving─────────────────────┘
 //!   any ──────────drop_pages───────► Dropped
 //! ```
 //! - Requesting, arriving, claiming and settling need the ledger shared, everything that changes addresses needs
@@ -112,12 +113,12 @@ impl Ledger {
         ledger
     }
 
-    /// Pages that are `Held` or `Busy`.
+    /// Pages that are `Held`, or `Busy` and were held before.
     pub fn held(&self) -> u64 {
         self.held.load(Ordering::Acquire)
     }
 
-    /// Pages that are `Remote` or `Requested`.
+    /// Pages that are `Remote` or `Requested`, or `Busy` while they arrive.
     pub fn remote(&self) -> u64 {
         self.remote.load(Ordering::Acquire)
     }
@@ -187,6 +188,26 @@ impl Ledger {
         Arrived { held: held.ranges().to_vec(), unneeded: all.difference(&needed) }
     }
 
+    /// Claims those of `origin` (addresses at the source) that are still to come: whoever claims them has their
+    /// contents, and puts into the page source what of them is not installed before settling the claims, with
+    /// [`Ledger::settle_arriving`]. They count as remote until then: there is nothing to fill in.
+    pub fn claim_arriving(&self, origin: PageRange) -> Vec<Claim> {
+        let mut claims: Vec<Claim> = Vec::new();
+        for ((from, address), page) in self.located(origin) {
+            if !replace(page, State::Remote, State::Busy) && !replace(page, State::Requested, State::Busy) {
+                continue;
+            }
+            match claims.last_mut() {
+                Some(last) if last.origin_pages().end() == from && last.pages.end() == address => {
+                    let longer = PageRange::new(last.pages.start(), address + PAGE_BYTES);
+                    last.pages = longer.unwrap_or(last.pages);
+                }
+                _ => claims.push(Claim { pages: PageRange::page_at(address), origin: from }),
+            }
+        }
+        claims
+    }
+
     /// Claims held pages from `address` on, at most `pages_max`, if the page there is `Held`.
     pub fn claim_at(&self, address: u64, pages_max: u64) -> Option<Claim> {
         let (start, segment, first) = self.find(address)?;
@@ -214,13 +235,25 @@ impl Ledger {
 
     /// Ends a claim: the first `installed` pages are in the task, the others are held as before.
     pub fn settle(&self, claim: Claim, installed: u64) {
+        self.mark(claim, installed);
+        self.held.fetch_sub(installed.min(claim.pages.pages()), Ordering::AcqRel);
+    }
+
+    /// Ends a claim of arriving pages: the first `installed` are in the task, the others are held from here on.
+    pub fn settle_arriving(&self, claim: Claim, installed: u64) {
+        // Counted first: once they are held, others may install them and count them off.
+        self.held.fetch_add(claim.pages.pages().saturating_sub(installed), Ordering::AcqRel);
+        self.mark(claim, installed);
+        self.remote.fetch_sub(claim.pages.pages(), Ordering::AcqRel);
+    }
+
+    fn mark(&self, claim: Claim, installed: u64) {
         let Some((_, segment, first)) = self.find(claim.pages.start()) else { return };
         let count = usize::try_from(claim.pages.pages()).unwrap_or(usize::MAX);
         for (index, page) in (0_u64..).zip(segment.states[first..].iter().take(count)) {
             let next = if index < installed { State::Installed } else { State::Held };
             page.store(next as u8, Ordering::Release);
         }
-        self.held.fetch_sub(installed.min(claim.pages.pages()), Ordering::AcqRel);
     }
 
     /// The task dropped these pages; returns where those that were held are at the source.

@@ -11,6 +11,7 @@ enum Step {
     Request { page: u64, window: u64 },
     MarkRequested { page: u64, count: u64 },
     Arrive { page: u64, count: u64 },
+    Bring { page: u64, count: u64, installed: u64 },
     Drop { page: u64, count: u64 },
     Unmap { page: u64, count: u64 },
     Remap { page: u64, count: u64, to: u64 },
@@ -26,6 +27,8 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (page.clone(), 1_u64..9).prop_map(|(page, window)| Step::Request { page, window }),
         1 => (page.clone(), count.clone()).prop_map(|(page, count)| Step::MarkRequested { page, count }),
         3 => (page.clone(), count.clone()).prop_map(|(page, count)| Step::Arrive { page, count }),
+        3 => (page.clone(), count.clone(), 0_u64..12)
+            .prop_map(|(page, count, installed)| Step::Bring { page, count, installed }),
         1 => (page.clone(), count.clone()).prop_map(|(page, count)| Step::Drop { page, count }),
         1 => (page.clone(), count.clone()).prop_map(|(page, count)| Step::Unmap { page, count }),
         2 => (page, count, 100_u64..140).prop_map(|(page, count, to)| Step::Remap { page, count, to }),
@@ -101,6 +104,24 @@ fn request(ledger: &Ledger, naive: &mut Naive, page: u64, window: u64) {
     }
 }
 
+/// Pages arrive, and so many of each claim are installed at once.
+fn bring(ledger: &Ledger, naive: &mut Naive, origin: PageRange, installed: u64) {
+    let is_due = |entry: &(u64, State)| origin.contains(entry.0 * PAGE_BYTES) && is_remote(entry.1);
+    let mut due: Vec<u64> = naive.values().filter(|entry| is_due(entry)).map(|entry| entry.0).collect();
+    due.sort_unstable();
+    let claims = ledger.claim_arriving(origin);
+    assert_eq!(numbers(&claims.iter().map(Claim::origin_pages).collect::<Vec<_>>()), due);
+    assert_eq!((ledger.held(), ledger.remote()), (held(naive), remote(naive)), "not there yet");
+    for claim in claims {
+        for (index, page) in (0..).zip(claim.pages.chunks(1)) {
+            assert_eq!(ledger.state(page.start()), State::Busy);
+            let state = if index < installed { State::Installed } else { State::Held };
+            naive.insert(page.start() / PAGE_BYTES, (claim.origin / PAGE_BYTES + index, state));
+        }
+        ledger.settle_arriving(claim, installed.min(claim.pages.pages()));
+    }
+}
+
 fn apply(ledger: &mut Ledger, naive: &mut Naive, step: &Step) {
     match *step {
         Step::Claim { page, count, installed } => {
@@ -135,6 +156,7 @@ fn apply(ledger: &mut Ledger, naive: &mut Naive, step: &Step) {
             found.sort_unstable();
             assert_eq!((found, numbers(arrived.unneeded.ranges())), (held, unneeded));
         }
+        Step::Bring { page, count, installed } => bring(ledger, naive, pages(page, count), installed),
         Step::Drop { page, count } => {
             assert_eq!(numbers(&ledger.drop_pages(pages(page, count))), release(naive, page, count));
             naive.range_mut(page..page + count).for_each(|(_, entry)| entry.1 = State::Dropped);

@@ -54,7 +54,24 @@ impl Origin {
         self.requester.as_ref().map_or(Ok(()), |requester| requester.request(self.pid, pages))
     }
 
-    /// The contents of pages have come.
+    /// The contents of pages have come, and go into the one space that there is. None, and nothing is done, when
+    /// there are several, which may all need them.
+    pub(super) fn bring(
+        &self,
+        pages: PageRange,
+        contents: &[u8],
+        service: &Service,
+    ) -> Result<Option<Arc<Space>>> {
+        let mut alive: Vec<Arc<Space>> = {
+            let spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
+            spaces.iter().filter_map(Weak::upgrade).collect()
+        };
+        let Some(space) = alive.pop().filter(|_| alive.is_empty()) else { return Ok(None) };
+        let is_taken = space.bring(pages, contents, service)?;
+        Ok(is_taken.then_some(space))
+    }
+
+    /// The contents of pages have come, and are in the source.
     pub(super) fn arrived(&self, pages: PageRange, service: &Service) -> Result<()> {
         let mut unneeded: PageSet = [pages].into_iter().collect();
         let arrived = self.for_each(|space| {

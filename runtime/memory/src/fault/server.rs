@@ -159,6 +159,23 @@ impl FaultServer {
         self.shared.arrived(space, pages);
     }
 
+    /// The contents of `pages` of `space`, named as the source names them, have come. Into their task they go at once
+    /// where they can, without standing in the page source in between; what cannot is kept there, and then it is as if
+    /// it had [`FaultServer::arrived`].
+    ///
+    /// May be called from any thread, at any time, and more than once for a page.
+    ///
+    /// # Errors
+    /// [`MemoryError::Plan`] when `contents` are not those of as many pages, or the page source has no room for what has
+    /// to be kept; [`MemoryError::Sys`].
+    pub fn bring(&self, space: i32, pages: PageRange, contents: &[u8]) -> Result<()> {
+        if contents.len() as u64 != pages.bytes() {
+            let what = format!("{} bytes for {} pages", contents.len(), pages.pages());
+            return Err(MemoryError::Plan { pid: space, what });
+        }
+        self.shared.bring(space, pages, contents)
+    }
+
     /// Duplicates of all userfaultfds there are now, each with the process it came of.
     ///
     /// # Errors
@@ -279,6 +296,28 @@ impl Shared {
 
     pub(super) fn saw_fault(&self) {
         self.fault_ms.store(self.elapsed_ms() + 1, Ordering::Relaxed);
+    }
+
+    fn bring(&self, pid: i32, pages: PageRange, contents: &[u8]) -> Result<()> {
+        let origin = {
+            let state = self.lock();
+            // Before, criu has not registered all memory yet.
+            let origin = state.origins.get(&pid).filter(|_| state.filling);
+            origin.and_then(Weak::upgrade)
+        };
+        let taken = origin.map(|origin| origin.bring(pages, contents, &self.service)).transpose()?.flatten();
+        let Some(space) = taken else {
+            self.source.keep(pid, pages, contents)?;
+            self.arrived(pid, pages);
+            return Ok(());
+        };
+        if space.held() > 0 {
+            self.changed.notify_all();
+        }
+        if space.has_kept() || space.outstanding() == 0 {
+            self.ring();
+        }
+        Ok(())
     }
 
     fn arrived(&self, pid: i32, pages: PageRange) {

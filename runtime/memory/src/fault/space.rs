@@ -221,6 +221,37 @@ impl Space {
         Ok(arrived.unneeded)
     }
 
+    /// The contents of `origin`, named as the source names it, are here: they go into the task at once, and what cannot
+    /// go there is kept in the source. False, and nothing is done, where another space may need them as well.
+    pub(super) fn bring(&self, origin: PageRange, contents: &[u8], service: &Service) -> Result<bool> {
+        if self.has_exited() {
+            return Ok(true);
+        }
+        let ledger = self.read();
+        // With the ledger in hand no fork becomes known, and of one that is not, the kernel tells every installation.
+        if !self.origin.is_last() {
+            return Ok(false);
+        }
+        let mut answer = Ok(());
+        for claim in ledger.claim_arriving(origin) {
+            let first = usize::try_from(claim.origin - origin.start()).unwrap_or(usize::MAX);
+            let end = first.saturating_add(usize::try_from(claim.pages.bytes()).unwrap_or(usize::MAX));
+            let installed = self.install_arriving(&ledger, claim, &contents[first..end], &service.counters);
+            answer = answer.and(installed);
+        }
+        drop(ledger);
+        for missed in self.take_waiting(|state| !is_remote(state)) {
+            if self.read().state(missed.address) == State::Installed {
+                // The installation has woken whoever waited.
+                service.counters.network.record(missed.since.elapsed());
+            } else {
+                let settled = self.settle_fault(missed, service);
+                answer = answer.and(settled);
+            }
+        }
+        answer.map(|()| true)
+    }
+
     fn apply(&self, ledger: &mut Ledger, event: Event) -> Option<Arc<Self>> {
         let released = match event {
             Event::Fault { .. } => Vec::new(),
@@ -278,9 +309,10 @@ impl Space {
                 // Between the claim and here it was given back.
                 State::Held => {}
                 State::Busy => {
-                    // A fill thread is at it. Should it fail, the page is held again and ours.
+                    // Another thread is at it; nobody is once the ledger is exclusive. Should it fail, the page is
+                    // held and ours. This thread may be preferred to that one, and must not spin.
                     drop(ledger);
-                    std::thread::yield_now();
+                    drop(self.write());
                 }
                 State::Remote | State::Requested => {
                     let wanted = ledger.request(address, service.config.request_pages);
@@ -357,6 +389,31 @@ impl Space {
         None
     }
 
+    /// Installs claimed pages that have just come, and settles them, whatever comes: what cannot be installed now is
+    /// held from here on.
+    fn install_arriving(
+        &self,
+        ledger: &Ledger,
+        claim: Claim,
+        contents: &[u8],
+        counters: &Counters,
+    ) -> Result<()> {
+        let mut done = 0;
+        let counter = &counters.installed_behind;
+        let stop = self.install_lent(claim, Lent::Bytes(contents), &mut done, counter, counters);
+        let mut kept = Ok(());
+        if let Some(rest) = PageRange::new(claim.origin + done, claim.origin_pages().end()) {
+            let part = usize::try_from(done).ok().and_then(|done| contents.get(done..)).unwrap_or_default();
+            kept = self.origin.source.keep(self.pid(), rest, part);
+            lock(&self.ready).extend(PageRange::new(claim.pages.start() + done, claim.pages.end()));
+        }
+        ledger.settle_arriving(claim, done / PAGE_BYTES);
+        if stop? == Some(Stop::Exited) {
+            self.exit();
+        }
+        kept
+    }
+
     /// Installs what was claimed and settles it, whatever comes.
     fn install(
         &self,
@@ -367,28 +424,8 @@ impl Space {
     ) -> Result<Option<Stop>> {
         let origin = claim.origin_pages();
         let (mut done, mut stop) = (0, None);
-        // An installation stays within one mapping: where two meet, it is tried in smaller pieces.
-        let mut piece = claim.pages.bytes();
         let lent = self.origin.source.lend(self.pid(), origin, &mut |lent| {
-            while done < claim.pages.bytes() {
-                piece = piece.min(claim.pages.bytes() - done);
-                let answer = self.copy(claim.pages.start(), done, piece, lent)?;
-                done += answer.bytes;
-                counter.fetch_add(answer.bytes / PAGE_BYTES, Ordering::Relaxed);
-                stop = answer.stop;
-                match stop {
-                    None => piece *= 2,
-                    Some(Stop::Exists) => {
-                        done += PAGE_BYTES;
-                        counters.present_already.fetch_add(1, Ordering::Relaxed);
-                        stop = None;
-                    }
-                    Some(Stop::NotRegistered) if piece > PAGE_BYTES => {
-                        piece = (piece / 2).next_multiple_of(PAGE_BYTES);
-                    }
-                    Some(_) => break,
-                }
-            }
+            stop = self.install_lent(claim, lent, &mut done, counter, counters)?;
             Ok(())
         });
         // Given back before it counts as done, so that complete means given back as well.
@@ -409,6 +446,37 @@ impl Space {
             _ => {}
         }
         Ok(stop)
+    }
+
+    /// Installs what was claimed; `done` is how many bytes of it are in the task, also after an error.
+    fn install_lent(
+        &self,
+        claim: Claim,
+        lent: Lent<'_>,
+        done: &mut u64,
+        counter: &AtomicU64,
+        counters: &Counters,
+    ) -> Result<Option<Stop>> {
+        // An installation stays within one mapping: where two meet, it is tried in smaller pieces.
+        let mut piece = claim.pages.bytes();
+        while *done < claim.pages.bytes() {
+            piece = piece.min(claim.pages.bytes() - *done);
+            let answer = self.copy(claim.pages.start(), *done, piece, lent)?;
+            *done += answer.bytes;
+            counter.fetch_add(answer.bytes / PAGE_BYTES, Ordering::Relaxed);
+            match answer.stop {
+                None => piece *= 2,
+                Some(Stop::Exists) => {
+                    *done += PAGE_BYTES;
+                    counters.present_already.fetch_add(1, Ordering::Relaxed);
+                }
+                Some(Stop::NotRegistered) if piece > PAGE_BYTES => {
+                    piece = (piece / 2).next_multiple_of(PAGE_BYTES);
+                }
+                stop => return Ok(stop),
+            }
+        }
+        Ok(None)
     }
 
     /// While an address space changes, the kernel may find that a mapping is not there before it finds that it

@@ -225,6 +225,10 @@ impl PageSource for MemoryStore {
         install(Lent::Window(&shard.window, offset))
     }
 
+    fn keep(&self, pid: i32, pages: PageRange, contents: &[u8]) -> Result<()> {
+        self.put(pid, pages.start(), contents)
+    }
+
     fn release(&self, pid: i32, pages: PageRange) {
         self.forget(pid, pages);
     }
