@@ -58,7 +58,7 @@ use crate::{MemoryError, PageSet, Result};
 pub use handover::SOCKET_NAME;
 pub use latency::Latency;
 pub use ledger::{Arrived, Claim, Ledger, State};
-pub use server::{FaultConfig, FaultServer, Progress};
+pub use server::{FaultConfig, FaultServer, Progress, prefer_this_thread};
 pub use store::MemoryStore;
 
 /// Where contents of pages come from. A page is named by the process as CRIU names it and the address it had

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use godwit_memory::fault::prefer_this_thread;
 use godwit_memory::{PageRange, Result as MemoryResult};
 use godwit_protocol::wire::Message;
 use godwit_protocol::wire::pages::{BULK_STREAMS_MAX, ROUND_LAST, Run, StreamId};
@@ -180,6 +181,9 @@ impl Shared {
         }
         let shared = Arc::clone(self);
         let body = move || {
+            if stream == StreamId::Fault {
+                prefer_this_thread();
+            }
             if let Err(error) = shared.receive(stream, receive) {
                 shared.fail(error);
             }

@@ -13,6 +13,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::Duration;
 
+use godwit_memory::fault::prefer_this_thread;
 use godwit_memory::{PageRange, PageSet};
 use godwit_protocol::wire::Message;
 use godwit_protocol::wire::pages::{CHUNK_BYTES, ROUND_LAST, StreamId};
@@ -123,6 +124,7 @@ impl PageStreams {
 
     /// Body of the fault thread.
     fn answer(&self, serving: &Serving<'_>) -> Result<(), PagesError> {
+        prefer_this_thread();
         let stream = StreamId::Fault;
         let mut requests = lock(&self.requests);
         loop {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use godwit_sys::SysError;
+use godwit_sys::{SysError, process};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::events::Events;
@@ -144,7 +144,10 @@ impl FaultServer {
         });
         let mut server = Self { shared: shared.clone(), threads: Vec::new() };
         let events = Events::new(shared, listener)?;
-        server.spawn("faults", move |_| events.run())?;
+        server.spawn("faults", move |_| {
+            prefer_this_thread();
+            events.run();
+        })?;
         for _ in 0..config.fill_threads.max(1) {
             server.spawn("fill", |shared| shared.fill())?;
         }
@@ -399,6 +402,14 @@ impl Shared {
 
     fn elapsed_ms(&self) -> u64 {
         u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Makes the calling thread, which does little and whom a task waits for, run before those that move pages in bulk.
+/// Where that is not allowed it takes its turn.
+pub fn prefer_this_thread() {
+    if let Err(error) = process::prefer_this_thread() {
+        log::debug!("faults are answered without a priority: {error}");
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use std::time::{Duration, Instant};
 
 use godwit_sys::page_range::{PAGE_BYTES, PageRange};
-use godwit_sys::userfaultfd::{Event, Installed, Stop, Userfaultfd};
+use godwit_sys::userfaultfd::{EVENTS_MAX, Event, Installed, Stop, Userfaultfd};
 
 use super::latency::Histogram;
 use super::ledger::{Claim, Ledger, State};
@@ -151,9 +151,8 @@ impl Space {
                     break;
                 }
             };
-            if events.is_empty() {
-                break;
-            }
+            // What comes after these is told again: a further look would have to wait once more for those who install.
+            let is_last = events.len() < EVENTS_MAX;
             for event in events {
                 match event {
                     Event::Fault { address, .. } => {
@@ -164,6 +163,9 @@ impl Space {
                         children.extend(self.apply(&mut ledger, other));
                     }
                 }
+            }
+            if is_last {
+                break;
             }
         }
         if is_changed {
