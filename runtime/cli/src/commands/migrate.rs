@@ -111,7 +111,7 @@ struct Tuning {
     /// Leave pages that were written in so many rounds running to the switchover (0: none)
     #[arg(long, value_name = "N", default_value_t = Limits::default().hot_threshold, value_parser = value_parser!(u32).range(..=1000))]
     hot_threshold: u32,
-    /// Connections that carry pages [default: the number of processors, up to 4]
+    /// Connections that carry pages [default: one fewer than processors, 1 to 4]
     #[arg(long, value_name = "N", value_parser = value_parser!(u8).range(1..=64))]
     streams: Option<u8>,
 }

@@ -161,10 +161,11 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         Ok(Some(Memory::start(route, self.container.tasks()?, Arc::clone(&self.sent), tell)?))
     }
 
-    /// As many as the processors can keep busy: each stream takes one to read and send, and one to receive.
+    /// As many as the processors can keep busy, less one: each stream takes one to read and send, and one to receive,
+    /// and a container that misses pages needs one to ask for them and to go on.
     fn stream_count(&self) -> u8 {
         let processors = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let usual = u8::try_from(processors.min(STREAMS_USUAL_MAX)).unwrap_or(1);
+        let usual = u8::try_from((processors - 1).clamp(1, STREAMS_USUAL_MAX)).unwrap_or(1);
         self.order.request.limits.streams.unwrap_or(usual)
     }
 
