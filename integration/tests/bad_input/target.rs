@@ -97,7 +97,7 @@ fn storage_that_fills_during_the_transfer_leaves_the_source_running(stage: &Stag
             there.assert_runs()?;
             continue;
         }
-        assert_says(answer, &["tmp/big", "No space left"])?;
+        assert_says(answer, &["failed to write", "No space left"])?;
         assert_counts_on(stage, &container, pid)?;
         let (moved, _) = container.move_to(&stage.b)?;
         moved.exec(&["test", "-e", "/tmp/big"])?.ok()?;

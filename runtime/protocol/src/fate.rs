@@ -15,10 +15,11 @@
 //! `Aborted`, `Resumed` and `Lost` are final. The record outlives worker and agent (`godwit_engine::decision` keeps it in
 //! a file). The worker resumes the container only after it has won the step to `Committed`, so once `Aborted` is
 //! recorded no COMMIT that is still under way can start the container: the source may go on. And the source kills
-//! its own only when told of `Resumed`: a target that dies between the two steps has lost nothing. While the container runs and pages
-//! are still to come the record says `Filling`, so that a source that lost the link, or a worker in the place of one
-//! that died, knows whether the target may still need the pages that only the source has. A container that lacks pages
-//! when the worker that serves them ends cannot go on, and not go back either, since it has run: it is lost.
+//! its own only when told of `Resumed`: a target that dies between the two steps has lost nothing, but what the
+//! container did in the moment before its running was recorded. While the container runs and pages are still to come the
+//! record says `Filling`, so that a source that lost the link, or a worker in the place of one that died, knows whether
+//! the target may still need the pages that only the source has. A container that lacks pages when the worker that serves
+//! them ends cannot go on, and not go back either, since it has run: it is lost.
 
 use serde::{Deserialize, Serialize};
 
