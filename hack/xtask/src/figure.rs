@@ -58,7 +58,7 @@ impl Figure {
                 value => value.to_string(),
             });
             let seen = ["downtime_ms", "observed_downtime_ms", "total_ms", "fill_ms", "goodput_mbit_per_s"];
-            let seen = seen.into_iter().chain(["pages_written_in_first_second"]);
+            let seen = seen.into_iter().chain(["pages_written_in_1_s", "pages_written_in_5_s"]);
             let seen = seen.filter_map(|name| Some(format!("{name} {:.1}", row.get(name)?.as_f64()?)));
             println!("{}", shown.chain(seen).collect::<Vec<_>>().join(", "));
             self.rows.push(row);

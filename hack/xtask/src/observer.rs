@@ -30,16 +30,16 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
-    /// How much the number on the last line grew in the second after the longest gap; `None` if the watch ended
-    /// before, or the lines are no numbers.
+    /// How much the number on the last line grew within `time` after the longest gap; `None` if the watch ended before,
+    /// or the lines are no numbers.
     ///
     /// It is counted from the first line after the gap: a program that counts millions in a second has counted tens of
     /// thousands between its last line before the gap and the moment when it was stopped.
-    pub(crate) fn count_after_longest_gap(&self) -> Option<u64> {
+    pub(crate) fn count_after_longest_gap(&self, time: Duration) -> Option<u64> {
         let gap = self.gaps.first()?;
         let resumed = gap.start + gap.length;
-        let count_at = |wanted| self.counts.iter().find(|(time, _)| *time >= wanted).map(|(_, count)| *count);
-        Some(count_at(resumed + Duration::from_secs(1))?.saturating_sub(count_at(resumed)?))
+        let count_at = |wanted| self.counts.iter().find(|(seen, _)| *seen >= wanted).map(|(_, count)| *count);
+        Some(count_at(resumed + time)?.saturating_sub(count_at(resumed)?))
     }
 }
 
@@ -128,11 +128,10 @@ mod tests {
         let gaps = vec![Gap { start: at(100), length: at(50) }];
         let counts =
             vec![(at(99), 10), (at(150), 70_000), (at(700), 80_000), (at(1151), 90_000), (at(1200), 99_000)];
-        assert_eq!(
-            Seen { gaps: gaps.clone(), counts: counts.clone() }.count_after_longest_gap(),
-            Some(20_000)
-        );
-        assert_eq!(Seen { gaps, counts: counts[..3].to_vec() }.count_after_longest_gap(), None);
+        let seen = Seen { gaps, counts };
+        assert_eq!(seen.count_after_longest_gap(at(1000)), Some(20_000));
+        assert_eq!(seen.count_after_longest_gap(at(550)), Some(10_000));
+        assert_eq!(seen.count_after_longest_gap(at(2000)), None);
     }
 
     #[test]

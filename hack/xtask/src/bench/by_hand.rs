@@ -15,7 +15,7 @@ use godwit_integration::Node;
 use godwit_integration::process::run;
 
 use super::RUNC;
-use super::stage::{Load, Running, Stage, ms};
+use super::stage::{Load, Running, Stage, Written, ms};
 use crate::Result;
 use crate::observer::Observer;
 
@@ -28,8 +28,8 @@ pub(super) struct Seen {
     pub(super) total_ms: f64,
     /// From there until all memory was in place; 0 where it was before, nothing where nobody waited for so long.
     pub(super) fill_ms: Option<f64>,
-    /// Pages that a busy program wrote in its first second on the target.
-    pub(super) first_second: Option<u64>,
+    /// What a busy program did on the target.
+    pub(super) written: Option<Written>,
 }
 
 /// The route that ctr offers: checkpoint, export, copy, import, restore.
@@ -70,7 +70,7 @@ pub(super) fn by_ctr(stage: &Stage, load: Load, memory_mb: u32) -> Result<Seen> 
         downtime_ms: ms(end.saturating_sub(pause.start)),
         total_ms: ms(total),
         fill_ms: Some(0.0),
-        first_second: None,
+        written: None,
     })
 }
 
@@ -125,10 +125,10 @@ pub(super) fn by_runc(stage: &Stage, way: Way, load: Load, memory_mb: u32) -> Re
         ticks?;
         let gap = seen.gaps.first().ok_or("the observer saw no downtime")?;
         let resumed = gap.start + gap.length;
-        let first_second = seen.count_after_longest_gap().filter(|_| load == Load::Busy);
+        let written = (load == Load::Busy).then(|| Written::of(&seen));
         let filled = if way == Way::Lazy { end.saturating_sub(resumed) } else { Duration::ZERO };
         let fill_ms = (!was_cut_short).then(|| ms(filled));
-        Ok(Seen { downtime_ms: ms(gap.length), total_ms: ms(resumed), fill_ms, first_second })
+        Ok(Seen { downtime_ms: ms(gap.length), total_ms: ms(resumed), fill_ms, written })
     });
     for node in [a, b] {
         let removed = run(&mut script(node, REMOVE, &running, &[String::new(), String::new()]));

@@ -4,7 +4,7 @@ use godwit_protocol::Mode;
 use serde_json::{Value, json};
 
 use super::by_hand::{Seen, Way, by_ctr, by_runc, pre_dump_obstacle};
-use super::stage::{Load, Stage, merged};
+use super::stage::{Load, Stage, Written, merged};
 use super::{Arguments, note_versions};
 use crate::Result;
 use crate::draw::{Bar, Drawing};
@@ -79,12 +79,12 @@ pub(super) fn run_access(arguments: &Arguments) -> Result<()> {
     }
     stage.down()?;
     let mut bars = Vec::new();
-    for column in [WRITTEN, "fill_ms", "observed_downtime_ms"] {
+    for column in Written::COLUMNS.into_iter().chain(["fill_ms", "observed_downtime_ms"]) {
         let seen =
             RANDOM_ACCESS.map(|contender| figure.spread(&wanted(contender, Load::Busy, MEMORY_MB), column));
         for (contender, seen) in RANDOM_ACCESS.into_iter().zip(seen) {
             figure.sum_up(&[column, contender.name()], seen)?;
-            if column == WRITTEN {
+            if column == Written::COLUMNS[1] {
                 bars.extend(seen.map(|spread| Bar { label: contender.name().to_owned(), spread }));
             }
         }
@@ -92,8 +92,7 @@ pub(super) fn run_access(arguments: &Arguments) -> Result<()> {
         let ratio = ours.zip(theirs).map(|(ours, theirs)| ours.median / theirs.median.max(1.0));
         figure.sum_up(&[column, "postcopy_over_runc_lazy"], ratio)?;
     }
-    figure
-        .write(&arguments.out, &Drawing::Bars { unit: "pages written in the first second".to_owned(), bars })
+    figure.write(&arguments.out, &Drawing::Bars { unit: "pages written in the first 5 s".to_owned(), bars })
 }
 
 fn measure(
@@ -189,10 +188,11 @@ impl Contender {
             }
         };
         Ok(match seen {
-            Ok(Seen { downtime_ms, total_ms, fill_ms, first_second }) => json!({
-                "outcome": "migrated", "observed_downtime_ms": downtime_ms, "total_ms": total_ms, "fill_ms": fill_ms,
-                "pages_written_in_first_second": first_second,
-            }),
+            Ok(Seen { downtime_ms, total_ms, fill_ms, written }) => merged(
+                json!({"outcome": "migrated", "observed_downtime_ms": downtime_ms, "total_ms": total_ms,
+                    "fill_ms": fill_ms}),
+                Written::columns(written),
+            ),
             Err(error) => {
                 let error = error.to_string();
                 json!({"outcome": format!("failed: {}", error.lines().last().unwrap_or_default())})
@@ -212,6 +212,5 @@ const CONTENDERS: [Contender; 7] = [
 ];
 /// Who is measured with a program that writes pages at random without rest.
 const RANDOM_ACCESS: [Contender; 2] = [Contender::Godwit(Mode::Postcopy), Contender::Runc(Way::Lazy)];
-const WRITTEN: &str = "pages_written_in_first_second";
 const MODES: [Mode; 4] = [Mode::Native, Mode::Precopy, Mode::Postcopy, Mode::Hybrid];
 const MEMORY_MB: u32 = 1024;

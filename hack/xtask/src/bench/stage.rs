@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::GODWIT;
 use crate::Result;
-use crate::observer::Observer;
+use crate::observer::{Observer, Seen};
 
 /// What a container has in its memory, and what it does with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,8 +98,8 @@ pub(super) struct Moved {
     pub(super) observed_ms: f64,
     /// From the command to its end.
     pub(super) command_ms: f64,
-    /// Pages that a busy program wrote in its first second on the target.
-    pub(super) first_second: Option<u64>,
+    /// What a busy program did on the target.
+    pub(super) written: Option<Written>,
     /// godwit's own report, or what it said instead.
     pub(super) report: Result<Report, String>,
 }
@@ -178,7 +178,7 @@ impl Running<'_> {
         let command_ms = ms(begin.elapsed());
         let ticks = self.await_ticks();
         if load == Load::Busy {
-            std::thread::sleep(Duration::from_millis(1500));
+            std::thread::sleep(Written::TIMES[1]);
         }
         let seen = observer.finish();
         let gap = seen.gaps.first();
@@ -191,8 +191,8 @@ impl Running<'_> {
             Err(error.lines().last().unwrap_or("no message").to_owned())
         };
         let observed_ms = gap.map_or(0.0, |gap| ms(gap.length));
-        let first_second = seen.count_after_longest_gap().filter(|_| load == Load::Busy);
-        Ok(Moved { observed_ms, command_ms, first_second, report })
+        let written = (load == Load::Busy).then(|| Written::of(&seen));
+        Ok(Moved { observed_ms, command_ms, written, report })
     }
 
     /// Waits until it has ticked some more.
@@ -227,8 +227,8 @@ fn remove(node: &Node, id: &str) {
 impl Moved {
     /// Its columns of a row.
     pub(super) fn columns(&self) -> Value {
-        let common = json!({"observed_downtime_ms": self.observed_ms, "command_ms": self.command_ms,
-            "pages_written_in_first_second": self.first_second});
+        let common = json!({"observed_downtime_ms": self.observed_ms, "command_ms": self.command_ms});
+        let common = merged(common, Written::columns(self.written));
         let Ok(report) = &self.report else {
             let outcome = self.report.as_ref().err().map(|error| format!("failed: {error}"));
             return merged(common, json!({"outcome": outcome}));
@@ -255,6 +255,25 @@ impl Moved {
                 "streams": report.streams, "notes": report.notes.join("; "),
             }),
         )
+    }
+}
+
+/// Pages that a busy program wrote in its first second on the target, and in its first five.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Written([Option<u64>; 2]);
+
+impl Written {
+    /// The names of the columns.
+    pub(super) const COLUMNS: [&str; 2] = ["pages_written_in_1_s", "pages_written_in_5_s"];
+    const TIMES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(5)];
+
+    pub(super) fn of(seen: &Seen) -> Self {
+        Self(Self::TIMES.map(|time| seen.count_after_longest_gap(time)))
+    }
+
+    pub(super) fn columns(written: Option<Self>) -> Value {
+        let values = written.map_or([None; 2], |Self(counts)| counts);
+        Self::COLUMNS.into_iter().zip(values).map(|(name, value)| (name.to_owned(), json!(value))).collect()
     }
 }
 
