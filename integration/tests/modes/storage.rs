@@ -15,6 +15,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case!(every_page_arrives_through_storage_by_native),
         case!(every_page_arrives_through_storage_by_precopy),
+        case!(every_page_arrives_through_storage_by_postcopy),
     ]
 }
 
@@ -26,6 +27,11 @@ fn every_page_arrives_through_storage_by_native(stage: &Stage) -> Outcome {
 fn every_page_arrives_through_storage_by_precopy(stage: &Stage) -> Outcome {
     // Once, where they wait for their tasks.
     arrives(stage, Mode::Precopy, 1)
+}
+
+fn every_page_arrives_through_storage_by_postcopy(stage: &Stage) -> Outcome {
+    // Once, although their tasks are there when most of them come.
+    arrives(stage, Mode::Postcopy, 1)
 }
 
 /// Moves a program, and claims that its pages were written to storage so many times and that nothing is left of them.

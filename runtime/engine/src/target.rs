@@ -163,7 +163,8 @@ pub fn run(
                 store.take_ahead(handover.needs.memory_bytes);
             }
             let warden = restorer.warden().map(Warden::start).transpose().map_err(TargetError::Warden)?;
-            let received = Memory::receive(agent.streams()?, bulk_count, store, warden, tell);
+            let received =
+                Memory::receive(agent.streams()?, bulk_count, store, handover.images, warden, tell);
             Some(received.map_err(TargetError::Memory)?)
         }
         None => None,

@@ -18,6 +18,7 @@ use std::time::Duration;
 use godwit_memory::fault::{FaultConfig, FaultServer, Keeper, Latency, MemoryStore, Requester, SpacePlan};
 use godwit_memory::{MemoryError, PageRange, PageSet};
 use godwit_protocol::report::{Faults, TargetMemory, Waits};
+use godwit_protocol::request::Images;
 use godwit_protocol::target::Event;
 use godwit_protocol::wire::pages::{PAGE_BYTES, ROUND_LAST, Run};
 
@@ -45,12 +46,14 @@ impl Memory {
         streams: Streams,
         bulk_count: u8,
         store: MemoryStore,
+        images: Images,
         warden: Option<Warden>,
         tell: impl Fn(Event) + Send + Sync + 'static,
     ) -> Result<Self, Cause> {
         let store = Arc::new(store);
         let gate = Arc::new(Gate {
             store: Arc::clone(&store),
+            images,
             state: Mutex::default(),
             server: OnceLock::new(),
             arrived_pages: AtomicU64::new(0),
@@ -128,6 +131,7 @@ impl Memory {
 /// Decides when everything has come.
 pub(super) struct Gate {
     store: Arc<MemoryStore>,
+    images: Images,
     state: Mutex<State>,
     server: OnceLock<Arc<FaultServer>>,
     /// Pages that came after the plan was kept.
@@ -281,7 +285,10 @@ impl Arrivals for Gate {
     }
 
     fn on_pages(&self, space: i32, pages: PageRange, contents: &[u8]) -> Result<(), MemoryError> {
-        if let Some(server) = self.server.get() {
+        // Through storage if that was asked for, also when their tasks are there.
+        if self.images == Images::Cache
+            && let Some(server) = self.server.get()
+        {
             self.arrived_pages.fetch_add(pages.pages(), Ordering::Relaxed);
             return server.bring(space, pages, contents);
         }
