@@ -7,7 +7,7 @@ use std::{
     env, fs,
     os::{
         fd::{AsFd, BorrowedFd},
-        unix::net::UnixListener,
+        unix::{fs::OpenOptionsExt, net::UnixListener},
     },
     sync::Arc,
     time::{Duration, Instant},
@@ -16,6 +16,7 @@ use std::{
 use containerd_shim::Flags;
 use containerd_shim_protos::shim_async::create_task;
 use godwit_api::create_migrate;
+use nix::fcntl::OFlag;
 use tokio::{
     io::AsyncReadExt,
     net::unix::pipe,
@@ -157,5 +158,9 @@ fn ignore_termination() -> Result<()> {
 
 /// Logs to containerd's own log by the FIFO it made in the bundle; without it, not at all.
 fn init_log(flags: &Flags) {
+    // To open it for writing waits for somebody who reads, and nobody ever will if containerd has given this shim up
+    // meanwhile: for that moment it is read here.
+    let reader = fs::File::options().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open("log");
     containerd_shim::logger::init(flags.debug, "info", &flags.namespace, &flags.id).ok();
+    drop(reader);
 }

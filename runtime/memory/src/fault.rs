@@ -136,7 +136,8 @@ pub struct SpacePlan {
 /// Whoever can get remote pages.
 pub trait Requester: Send + Sync {
     /// Asks for `pages` of `space`, which somebody waits for; [`FaultServer::bring`] is called when they come, or
-    /// [`FaultServer::arrived`] when they are in the source. May not wait for them, nor for anything long: faults are answered by the same thread.
+    /// [`FaultServer::arrived`] when they are in the source. May not wait for them, nor for anything long: faults are
+    /// answered by the same thread.
     ///
     /// # Errors
     /// Why they cannot be asked for. Who waits for them goes on waiting, for they may come unasked.
