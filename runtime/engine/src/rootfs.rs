@@ -26,6 +26,7 @@ mod apply;
 mod copy;
 mod layer;
 mod mapped;
+mod size;
 #[cfg(test)]
 mod tests;
 

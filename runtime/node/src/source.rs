@@ -13,9 +13,7 @@ use containerd_client::{
     services::v1::{
         Container, GetContainerRequest, GetRequest, ListPidsRequest,
         containers_client::ContainersClient,
-        snapshots::{
-            Info as SnapshotInfo, StatSnapshotRequest, UsageRequest, snapshots_client::SnapshotsClient,
-        },
+        snapshots::{Info as SnapshotInfo, StatSnapshotRequest, snapshots_client::SnapshotsClient},
         tasks_client::TasksClient,
     },
     types::v1::{Process, Status},
@@ -127,7 +125,7 @@ impl Source {
         let spec = container.spec.map(record::typed_bytes).ok_or_else(|| {
             NodeError::malformed(format!("record of container {}", self.id), "it has no spec")
         })?;
-        let needs = self.needs(&container.snapshotter, &snapshot.key)?;
+        let needs = self.needs()?;
         let container = ContainerRecord {
             id: self.id.clone(),
             namespace: self.containerd.namespace().to_owned(),
@@ -220,7 +218,7 @@ impl Source {
         })
     }
 
-    fn needs(&self, snapshotter: &str, key: &str) -> Result<Needs, NodeError> {
+    fn needs(&self) -> Result<Needs, NodeError> {
         let request = self.containerd.request(ListPidsRequest { container_id: self.id.clone() });
         let pids = self
             .containerd
@@ -229,16 +227,10 @@ impl Source {
                 TasksClient::new(self.containerd.channel()).list_pids(request),
             )?
             .processes;
-        let request = self
-            .containerd
-            .request(UsageRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() });
-        let usage = self.containerd.call(
-            "measure the writable layer",
-            SnapshotsClient::new(self.containerd.channel()).usage(request),
-        )?;
         Ok(Needs {
             memory_bytes: pids.iter().map(|process| needs::resident_bytes(process.pid)).sum(),
-            rootfs_bytes: u64::try_from(usage.size).unwrap_or_default(),
+            // The engine's to say.
+            rootfs_bytes: 0,
             tasks: u32::try_from(pids.len()).unwrap_or(u32::MAX),
         })
     }

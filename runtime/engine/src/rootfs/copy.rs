@@ -444,7 +444,7 @@ fn size_of_file(stat: &Stat) -> u64 {
     u64::try_from(stat.st_size).unwrap_or(0)
 }
 
-fn names(fd: BorrowedFd<'_>, path: &[u8]) -> Result<Vec<std::ffi::CString>, RootfsError> {
+pub(super) fn names(fd: BorrowedFd<'_>, path: &[u8]) -> Result<Vec<std::ffi::CString>, RootfsError> {
     let failed = |errno| RootfsError::file("list", path)(errno);
     let mut names = Vec::new();
     for entry in rustix::fs::Dir::read_from(fd).map_err(failed)? {

@@ -79,6 +79,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         let mut offer = self.origin.offer()?;
         offer.abilities = self.abilities.clone();
         offer.streams = self.stream_count();
+        offer.needs.rootfs_bytes = LayerRoot::of(&self.order.rootfs)?.size()?;
         self.expected_bytes = offer.needs.memory_bytes + offer.needs.rootfs_bytes;
         self.offered = offer.container.image.as_ref().map(|image| image.blobs.clone()).unwrap_or_default();
         Ok(self.bulk()?.send_always(&Message::Offer(Box::new(offer)))?)
