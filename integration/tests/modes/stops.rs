@@ -146,13 +146,21 @@ enum State {
 impl State {
     /// Reads proc_pid_status(5) of a task.
     fn of(task: &str) -> Self {
-        let status = fs::read_to_string(format!("{task}/status")).unwrap_or_default();
-        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("").trim();
-        if !field("State:").starts_with(['t', 'T']) {
-            return Self::Running;
+        loop {
+            let status = fs::read_to_string(format!("{task}/status")).unwrap_or_default();
+            let field =
+                |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("").trim();
+            if !field("State:").starts_with(['t', 'T']) {
+                return Self::Running;
+            }
+            // The kernel looks for a tracer first and at the state later: it may have come in between.
+            if field("State:").starts_with('t') && field("TracerPid:") == "0" {
+                continue;
+            }
+            let tracer = fs::read_to_string(format!("/proc/{}/comm", field("TracerPid:")));
+            let is_criu = tracer.is_ok_and(|name| name.trim() == "criu");
+            return if is_criu { Self::HeldByCriu } else { Self::Stopped };
         }
-        let tracer = fs::read_to_string(format!("/proc/{}/comm", field("TracerPid:")));
-        if tracer.is_ok_and(|name| name.trim() == "criu") { Self::HeldByCriu } else { Self::Stopped }
     }
 }
 
