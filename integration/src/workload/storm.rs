@@ -48,6 +48,8 @@ pub enum Kind {
     Huge,
     /// Transparent huge pages, broken up now and then.
     Thp,
+    /// A mapping whose flags change (`madvise`), and nothing else of it.
+    Flags,
     /// A great many mappings.
     Vmas,
     /// Much memory with little in it, and pages of zeros.
@@ -85,6 +87,7 @@ pub fn run(kind: Kind, size: Size) -> io::Result<()> {
         Kind::Shared => shared::run(pages),
         Kind::Huge => drive(0, private::Private::huge(pages)?),
         Kind::Thp => drive(0, private::Thp::new(pages)?),
+        Kind::Flags => drive(0, private::Flags::new(pages)?),
         Kind::Vmas => drive(0, mappings::Vmas::new(count)?),
         Kind::Sparse => drive(0, private::Sparse::new(pages)?),
         Kind::Stacks => stacks::run(pages, count),

@@ -1,11 +1,11 @@
 //! Programs that treat memory in every way, each moved in every mode.
 
 use godwit_integration::case;
-use godwit_integration::suite::{Case, Outcome, Stage, skip};
+use godwit_integration::suite::{Case, Container, Outcome, Stage, skip};
 use godwit_protocol::Mode;
 use godwit_protocol::report::Report;
 
-use super::claim::move_by;
+use super::claim::{answer, flags_of, move_by, start};
 use super::setting::Setting;
 use super::storm::Storm;
 
@@ -54,6 +54,7 @@ pub(super) fn cases() -> Vec<Case> {
         case!(huge_pages_go_to_and_fro_ten_times).alone().slow(),
         case!(a_hundred_thousand_mappings_go_to_and_fro_ten_times).alone().slow(),
         case!(container_goes_to_and_fro_by_every_mode_in_turn),
+        case!(program_that_changes_flags_all_the_time_is_moved_at_the_second_attempt),
     ]);
     cases.extend(
         ten_times! { single threads processes forks maps discards moves shared thp vmas sparse stacks },
@@ -118,6 +119,29 @@ fn a_hundred_thousand_mappings_go_to_and_fro_ten_times(stage: &Stage) -> Outcome
 /// Memory of two kinds: what changes all the time, and what forks.
 fn container_goes_to_and_fro_by_every_mode_in_turn(stage: &Stage) -> Outcome {
     goes_to_and_fro(stage, Storm::of("threads"), &Mode::ALL[..4])
+}
+
+/// The flags of a mapping are read before the freeze, and looked at again before the commit. Whether they are the same
+/// then is chance here, the first time; from then on they are read in the freeze.
+fn program_that_changes_flags_all_the_time_is_moved_at_the_second_attempt(stage: &Stage) -> Outcome {
+    let storm = Storm::of("flags");
+    let mut place = storm.run_on(&stage.a)?;
+    for (turn, mode) in Mode::ALL.into_iter().enumerate() {
+        let target = if turn % 2 == 0 { &stage.b } else { &stage.a };
+        let counts = storm.counts(&place)?;
+        let first = start(place.site(), place.id(), &target.host(), mode, flags_of(mode))?;
+        let first = answer(first)?;
+        if first.text("outcome") == "migrated" {
+            place = Container::adopt(target, place.id());
+        } else {
+            let cause = first.failed()?;
+            assert!(cause.contains("changed the flags of its memory"), "{cause}");
+            storm.await_passes(&place, &counts, 2)?;
+            place = move_by(&place, target, mode)?.0;
+        }
+        storm.assert_whole(&place, &counts)?;
+    }
+    Ok(())
 }
 
 fn goes_to_and_fro_ten_times(stage: &Stage, kind: &'static str) -> Outcome {

@@ -26,6 +26,7 @@ pub mod preflight;
 pub(crate) mod scratch;
 pub(crate) mod shortcuts;
 pub(crate) mod tmpfs;
+pub mod told;
 
 use std::fs::DirBuilder;
 use std::io::ErrorKind;
@@ -34,6 +35,7 @@ use std::path::{Path, PathBuf};
 
 pub use godwit_criu::CgroupsMode;
 use godwit_criu::{CriuError, Message, Options, Program, Request, Script, Session};
+use godwit_memory::ahead::Ahead;
 use godwit_memory::hide::Hidden;
 use godwit_sys::netns;
 use libcontainer::container::ContainerStatus;
@@ -43,6 +45,7 @@ use crate::state::{Status, Stored};
 pub use error::{CheckpointError, Result};
 pub use hiding::Hiding;
 use shortcuts::Shortcuts;
+pub use told::Told;
 
 /// What `checkpoint` takes beside the container.
 #[derive(Debug, Clone)]
@@ -81,6 +84,9 @@ pub struct CheckpointOptions {
     /// Memory that CRIU shall not see: all that it restores lazily. It may be filled until [`Dump::run`] is called;
     /// where CRIU cannot be kept from seeing it, CRIU dumps lazily, which leaves out the same ([`Dump::hiding`]).
     pub hidden: Option<Hidden>,
+    /// What was read of the mappings while the container ran, for CRIU to be told. It may be read until [`Dump::run`] is
+    /// called, whose `decide` is to make sure that it still holds ([`Told::confirm`]).
+    pub ahead: Option<Ahead>,
 }
 
 impl CheckpointOptions {
@@ -103,6 +109,7 @@ impl CheckpointOptions {
             terse_log: false,
             shortcuts: false,
             hidden: None,
+            ahead: None,
         }
     }
 
@@ -146,6 +153,7 @@ pub struct Dump {
     session: Session,
     filter: hiding::Filter,
     shortcuts: Shortcuts,
+    told: Told,
     pid: i32,
     program: Program,
     stored: Stored,
@@ -191,8 +199,12 @@ impl Dump {
         session.send(request)?;
         match session.next_message()? {
             Message::Notification(notification) if notification.script == Script::PreDump => {
+                let told = match session.pid().filter(|_| options.ahead.is_some()) {
+                    Some(criu) => Told::prepare(criu, stored),
+                    None => Told::default(),
+                };
                 let (program, stored) = (program.clone(), stored.clone());
-                Ok(Self { session, filter, shortcuts, pid, program, stored, options: options.clone() })
+                Ok(Self { session, filter, shortcuts, told, pid, program, stored, options: options.clone() })
             }
             other => Err(CriuError::Protocol {
                 phase: godwit_criu::Phase::Dump,
@@ -212,11 +224,12 @@ impl Dump {
         self.filter.hiding()
     }
 
-    /// Dumps. `decide` is called while the tasks are stopped and the images are complete.
+    /// Dumps. `decide` is called while the tasks are stopped and the images are complete, with what CRIU was told of
+    /// the tasks.
     ///
     /// # Errors
     /// What CRIU says. The tasks then run as before.
-    pub fn run(self, decide: impl FnOnce() -> Decision) -> Result<Outcome> {
+    pub fn run(self, decide: impl FnOnce(&Told) -> Decision) -> Result<Outcome> {
         if self.shortcuts.seal(self.pid, &self.options.image_path)? {
             return self.go_on(decide);
         }
@@ -228,7 +241,10 @@ impl Dump {
         Self::prepare(&program, &stored, &options)?.go_on(decide)
     }
 
-    fn go_on(mut self, decide: impl FnOnce() -> Decision) -> Result<Outcome> {
+    fn go_on(mut self, decide: impl FnOnce(&Told) -> Decision) -> Result<Outcome> {
+        if let Some(ahead) = &self.options.ahead {
+            self.told.write(ahead)?;
+        }
         let mut decide = Some(decide);
         self.session.answer(true)?;
         loop {
@@ -236,7 +252,7 @@ impl Dump {
                 Message::Response(_) => break,
                 Message::Notification(notification) => {
                     let decision = match decide.take_if(|_| notification.script == Script::PostDump) {
-                        Some(decide) => decide(),
+                        Some(decide) => decide(&self.told),
                         None => Decision::Commit,
                     };
                     self.session.answer(decision == Decision::Commit)?;
@@ -269,7 +285,7 @@ impl Dump {
 /// As [`Dump::prepare`] and [`Dump::run`]; the container is then as it was.
 pub fn checkpoint(stored: &mut Stored, options: &CheckpointOptions) -> Result<()> {
     let program = Program::find()?;
-    Dump::prepare(&program, stored, options)?.run(|| Decision::Commit)?;
+    Dump::prepare(&program, stored, options)?.run(|_| Decision::Commit)?;
     if !options.leave_running && !options.pre_dump {
         stored.set_label(ContainerStatus::Stopped)?;
     }

@@ -40,7 +40,7 @@ use godwit_protocol::source::{End, Settings, Source};
 use godwit_protocol::worker::{Command, Event};
 use godwit_protocol::{MigrationId, MigrationRequest};
 
-pub use container::{Checkpointer, Dumping, Tasks, Verdict};
+pub use container::{Checkpointer, Confirm, Dumping, Tasks, Verdict};
 pub use criu::CriuCheckpointer;
 
 use self::worker::Worker;

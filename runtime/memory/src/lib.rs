@@ -9,6 +9,7 @@
 //! - [`reader`]: the contents of pages of another process, zeros told apart
 //! - [`maps`]: what is mapped, and what of it CRIU restores lazily
 //! - [`hide`]: a child, criu, to which given pages look empty
+//! - [`ahead`]: what criu has to know of the mappings, read before the freeze
 //! - [`fault`]: the pages of restored tasks, as they ask for them and behind their backs
 //! - [`page_set`]: sets of pages
 //!
@@ -16,6 +17,7 @@
 //! `godwit_sys`'s. An address belongs to the process it is given together with.
 #![forbid(unsafe_code)]
 
+pub mod ahead;
 pub mod error;
 pub mod fault;
 pub mod hide;

@@ -37,7 +37,7 @@ pub struct Mapping {
 /// [`SysError::NoProcess`] when it has ended, [`MemoryError::File`], [`MemoryError::Line`].
 pub fn read(pid: i32) -> Result<Vec<Mapping>> {
     let path = PathBuf::from(format!("/proc/{pid}/maps"));
-    let text = read_file(pid, &path)?;
+    let text = read_text(pid, &path)?;
     text.lines()
         .map(|line| parse(line).ok_or_else(|| MemoryError::Line { path: path.clone(), line: line.into() }))
         .collect()
@@ -70,7 +70,7 @@ pub fn lazy(pid: i32) -> Result<PageSet> {
 /// As [`read`].
 pub fn space(pid: i32) -> Result<i32> {
     let path = PathBuf::from(format!("/proc/{pid}/status"));
-    let text = read_file(pid, &path)?;
+    let text = read_text(pid, &path)?;
     let line = text.lines().find(|line| line.starts_with("NSpid:")).unwrap_or("");
     let number = line.split_ascii_whitespace().next_back().and_then(|number| number.parse().ok());
     number.ok_or_else(|| MemoryError::Line { path, line: line.to_owned() })
@@ -79,14 +79,14 @@ pub fn space(pid: i32) -> Result<i32> {
 /// Memory locked by mlock(2) and its kin. Reading smaps takes some 15 ms per GiB, so it is only done when the
 /// process has any.
 fn locked(pid: i32) -> Result<PageSet> {
-    let status = read_file(pid, &PathBuf::from(format!("/proc/{pid}/status")))?;
+    let status = read_text(pid, &PathBuf::from(format!("/proc/{pid}/status")))?;
     let has_none = status.lines().any(|line| line.starts_with("VmLck:") && line.ends_with(" 0 kB"));
     if has_none {
         return Ok(PageSet::new());
     }
     let mut found = PageSet::new();
     let mut current = None;
-    for line in read_file(pid, &PathBuf::from(format!("/proc/{pid}/smaps")))?.lines() {
+    for line in read_text(pid, &PathBuf::from(format!("/proc/{pid}/smaps")))?.lines() {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
             if flags.split_ascii_whitespace().any(|flag| flag == "lo") {
                 found.extend(current);
@@ -120,10 +120,15 @@ fn parse(line: &str) -> Option<Mapping> {
     Some(Mapping { range: PageRange::new(start, end)?, private_anonymous, name })
 }
 
-fn read_file(pid: i32, path: &PathBuf) -> Result<String> {
+fn read_text(pid: i32, path: &PathBuf) -> Result<String> {
+    // A file's name may be any bytes.
+    Ok(String::from_utf8_lossy(&read_file(pid, path)?).into_owned())
+}
+
+/// Reads a file below `/proc/PID`.
+pub(crate) fn read_file(pid: i32, path: &PathBuf) -> Result<Vec<u8>> {
     match fs::read(path) {
-        // A file's name may be any bytes.
-        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+        Ok(bytes) => Ok(bytes),
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {
             Err(SysError::NoProcess { pid }.into())
         }

@@ -24,7 +24,12 @@
 //! Dumping --Dumped--> Transferring
 //! Transferring --StateSent--> AwaitingReceipt
 //! AwaitingReceipt --Received--> Restoring
-//! Restoring --Restored--> Committing
+//! Transferring --Confirmed--> Transferring
+//! AwaitingReceipt --Confirmed--> AwaitingReceipt
+//! Restoring --Confirmed--> Restoring
+//! Restoring --Restored [confirmed]--> Committing
+//! Restoring --Restored [not confirmed]--> Confirming
+//! Confirming --Confirmed--> Committing
 //! Committing --Resumed [in images]--> Killing
 //! Committing --Resumed [ours]--> Serving
 //! Committing --Aborted--> RollingBack
@@ -69,7 +74,8 @@
 //! place is ignored. The table in `source/table.rs` says the same, and a test holds all three together.
 //!
 //! Invariants:
-//! - COMMIT is sent once, on the way into `Committing`. Before it every failure ends in `RunningOnSource`; after
+//! - COMMIT is sent once, on the way into `Committing`, and only when what was dumped has been confirmed: CRIU may be
+//!   told what was read before the freeze. Before it every failure ends in `RunningOnSource`; after
 //!   it the source goes on only when the target has said that it does not and will not run the container, and
 //!   kills its own only when the target has said that it does, or that it did and cannot any more: what ran elsewhere
 //!   since may never go on here.
@@ -133,9 +139,10 @@ enum State {
     Freezing { watch: Stopwatch, tries: u32 },
     Settling { tries: u32 },
     Dumping { watch: Stopwatch },
-    Transferring { watch: Stopwatch },
-    AwaitingReceipt { watch: Stopwatch },
-    Restoring { watch: Stopwatch },
+    Transferring { watch: Stopwatch, confirmed: bool },
+    AwaitingReceipt { watch: Stopwatch, confirmed: bool },
+    Restoring { watch: Stopwatch, confirmed: bool },
+    Confirming { watch: Stopwatch },
     Committing { watch: Stopwatch },
     Asking { watch: Stopwatch },
     Serving { moved: Moved },
@@ -203,6 +210,8 @@ pub enum Event {
     },
     /// CRIU has written everything and waits for the word to kill or to let go on.
     Dumped,
+    /// What CRIU was told of the tasks is true of them as they are frozen. Comes after `Dumped`.
+    Confirmed,
     /// The images and the final pass have been sent, up to the manifest: this event has to come before the target
     /// can answer it.
     StateSent,
@@ -307,7 +316,7 @@ pub enum Action {
     /// Freeze every task. Answered by `Froze`, or by `Unsettled`.
     Freeze,
     /// Let CRIU dump, and send images, the final pass and the rest of the pages while it does. Answered by
-    /// `Dumped`, then `StateSent`.
+    /// `Dumped`, then `StateSent` and `Confirmed`.
     Dump {
         /// Whether the rest of the pages is left to travel after the container runs on the target.
         leave_pages: bool,
@@ -381,7 +390,7 @@ pub const FREEZE_TRIES: u32 = 100;
 pub const DUMP_MAX: Duration = Duration::from_secs(600);
 /// Time for the rest of the transfer after the dump. A dead link is found sooner, by TCP.
 pub const TRANSFER_MAX: Duration = Duration::from_secs(1800);
-/// Time for the target to restore.
+/// Time for the target to restore, and for what was dumped to be confirmed after that.
 pub const RESTORE_MAX: Duration = Duration::from_secs(300);
 /// Time for the target to answer COMMIT, before it is asked over a connection of its own.
 pub const RESUME_MAX: Duration = Duration::from_secs(20);
@@ -501,7 +510,7 @@ impl State {
             | Self::Dumping { .. }
             | Self::Transferring { .. }
             | Self::AwaitingReceipt { .. } => Phase::Frozen,
-            Self::Restoring { .. } => Phase::Restoring,
+            Self::Restoring { .. } | Self::Confirming { .. } => Phase::Restoring,
             Self::Committing { .. } | Self::Asking { .. } => Phase::Committing,
             Self::Serving { .. } | Self::Rejoining { .. } | Self::Burying { .. } => Phase::Filling,
             Self::Killing { .. } | Self::AwaitingRelease { .. } => Phase::Committed,
@@ -526,7 +535,7 @@ impl State {
             Self::Settling { tries } => Some(settle_pause(*tries)),
             Self::Dumping { .. } => Some(DUMP_MAX),
             Self::Transferring { .. } | Self::AwaitingReceipt { .. } => Some(TRANSFER_MAX),
-            Self::Restoring { .. } => Some(RESTORE_MAX),
+            Self::Restoring { .. } | Self::Confirming { .. } => Some(RESTORE_MAX),
             Self::Committing { .. } => Some(RESUME_MAX),
             Self::Asking { .. } => Some(ASK_MAX),
             Self::AwaitingRelease { .. } => Some(RELEASE_MAX),

@@ -100,6 +100,42 @@ impl Subject for Thp {
     }
 }
 
+/// One mapping whose flags change with every page that is written.
+#[derive(Debug)]
+pub(super) struct Flags {
+    field: Field,
+    flipped: bool,
+}
+
+impl Flags {
+    pub(super) fn new(pages: u64) -> io::Result<Self> {
+        let field = Field::on(Backing::Private, 0, pages)?;
+        // From here on its flags are those of no neighbour, so it is merged with none.
+        field.advise(Advice::NoHugePage)?;
+        Ok(Self { field: field.fill(), flipped: false })
+    }
+}
+
+impl Subject for Flags {
+    fn pages(&self) -> u64 {
+        self.field.pages()
+    }
+
+    fn step(&mut self) -> io::Result<u64> {
+        self.flipped = !self.flipped;
+        self.field.advise(if self.flipped { Advice::HugePage } else { Advice::NoHugePage })?;
+        Ok(self.field.touch())
+    }
+
+    fn check(&mut self) -> io::Result<Option<u64>> {
+        Ok(Some(self.field.wrong_pages()))
+    }
+
+    fn batch(&self) -> u32 {
+        1
+    }
+}
+
 /// One page in [`EVERY`] has contents, some have zeros, the others were never written.
 #[derive(Debug)]
 pub(super) struct Sparse(Field);

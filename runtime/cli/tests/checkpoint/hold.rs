@@ -23,7 +23,7 @@ fn a_dump_prepared_before_the_freeze_is_rolled_back_and_then_committed() {
             one.assert_counting();
             let frozen = cgroup::freezer(&stored).unwrap().freeze(Duration::from_secs(5)).unwrap();
             let mut asked = 0;
-            let outcome = dump.run(|| {
+            let outcome = dump.run(|_| {
                 asked += 1;
                 assert!(bed.path(images).join("inventory.img").exists());
                 decision

@@ -16,9 +16,11 @@ use godwit_container::checkpoint::{CheckpointError, CheckpointOptions, Decision,
 use godwit_container::restore::{Hold, RestoreOptions, restore};
 use godwit_container::{Store, Stored, cgroup};
 use godwit_criu::{CriuError, Program};
+use godwit_memory::ahead::Ahead;
 use godwit_memory::fault::{FaultConfig, FaultServer, MemoryStore, Requester, SpacePlan};
 use godwit_memory::hide::Hidden;
 use godwit_memory::{MemoryError, PageRange, PageSet, maps, reader};
+use godwit_sys::arena::{Advice, Arena, Backing};
 use godwit_sys::mount::Mounted;
 use godwit_sys::pagemap_scan::{Categories, Pagemap, Region, Scan};
 use godwit_sys::seccomp_deny::{self, Denial};
@@ -94,6 +96,52 @@ fn moves_outside_criu(denials: &'static [Denial]) {
     });
 }
 
+/// Goal: what CRIU was told of mappings is true, or the dump is refused, and a program that changes their flags is dumped
+/// nevertheless.
+/// Method: the container changes the flags of a mapping, and no mapping, between what is read ahead and the freeze.
+#[test]
+fn a_dump_that_rests_on_what_has_changed_is_refused_once() {
+    Bed::with(&[Godwit], |bed| {
+        fs::copy(std::env::current_exe().unwrap(), bed.path("rootfs/bin/check")).unwrap();
+        bed.bundle("one", self_checking);
+        let one = bed.start(Godwit, "one");
+        let stored = Store::new(bed.path("root")).open("one").unwrap();
+        assert_checking(bed);
+        let dump = |images: &str, meanwhile: &dyn Fn()| {
+            let ahead = Ahead::default();
+            let options =
+                CheckpointOptions { ahead: Some(ahead.clone()), ..CheckpointOptions::new(bed.path(images)) };
+            let dump = Dump::prepare(&Program::find().unwrap(), &stored, &options).unwrap();
+            ahead.read(&cgroup::processes(&stored).unwrap());
+            meanwhile();
+            let frozen = cgroup::freezer(&stored).unwrap().freeze(Duration::from_secs(5)).unwrap();
+            let mut seen = None;
+            let outcome = dump.run(|told| {
+                seen = Some((told.read_ahead(), told.confirm()));
+                Decision::Rollback
+            });
+            assert_eq!(outcome.unwrap(), Outcome::RolledBack);
+            frozen.thaw().unwrap();
+            seen.unwrap()
+        };
+        let flip = || {
+            let word = bed.path("rootfs/flip");
+            fs::write(&word, "").unwrap();
+            eventually("the flags are changed", || !word.exists());
+        };
+        let (told, confirmed) = dump("same", &|| {});
+        confirmed.unwrap();
+        assert!(told >= 2, "{told} processes were read ahead");
+        let (_, confirmed) = dump("changed", &flip);
+        assert!(matches!(confirmed, Err(CheckpointError::Changed { .. })), "{confirmed:?}");
+        let (told, confirmed) = dump("known to change", &flip);
+        confirmed.unwrap();
+        assert_eq!(told, 0);
+        assert_checking(bed);
+        drop(one);
+    });
+}
+
 fn images_bytes(bed: &Bed, images: &str) -> u64 {
     let files = fs::read_dir(bed.path(images)).unwrap();
     files.map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
@@ -120,6 +168,7 @@ fn workload() {
     let report = fs::File::create(report).unwrap();
     let counts = Mutex::new([0_u64; 2]);
     scope(|scope| {
+        scope.spawn(change_flags_when_told);
         for thread in 0..3_u64 {
             let (counts, report) = (&counts, &report);
             scope.spawn(move || {
@@ -142,6 +191,19 @@ fn workload() {
             });
         }
     });
+}
+
+/// Changes the flags of a mapping that is next to none of its kind whenever there is a file `/flip`, and removes that.
+fn change_flags_when_told() {
+    let arena = Arena::map_on(Backing::Shared, 1 << 20).unwrap();
+    for advice in [Advice::HugePage, Advice::NoHugePage].into_iter().cycle() {
+        while !Path::new("/flip").exists() {
+            sleep(Duration::from_millis(5));
+        }
+        arena.advise(arena.range(), advice).unwrap();
+        // The other process may have been first.
+        drop(fs::remove_file("/flip"));
+    }
 }
 
 /// Passes and wrong words of both processes.
@@ -174,10 +236,11 @@ fn dump(
     images: &str,
     decision: Decision,
 ) -> Option<(Result<Outcome, CheckpointError>, Memory)> {
-    let hidden = Hidden::default();
+    let (hidden, ahead) = (Hidden::default(), Ahead::default());
     let options = CheckpointOptions {
         work_path: Some(bed.path("work")),
         hidden: Some(hidden.clone()),
+        ahead: Some(ahead.clone()),
         ..CheckpointOptions::new(bed.path(images))
     };
     // In a thread of its own, which takes the denials along.
@@ -195,6 +258,7 @@ fn dump(
         }
         hiding => assert_eq!(matches!(hiding, Hiding::Active), denials.is_empty(), "{hiding:?}"),
     }
+    ahead.read(&cgroup::processes(stored).unwrap());
     let frozen = cgroup::freezer(stored).unwrap().freeze(Duration::from_secs(5)).unwrap();
     let mut memory = Memory::new();
     for pid in cgroup::processes(stored).unwrap() {
@@ -206,8 +270,10 @@ fn dump(
         hidden.set(pid, lazy);
     }
     let begin = Instant::now();
-    let outcome = dump.run(|| {
+    let outcome = dump.run(|told| {
         println!("frozen to dumped without memory: {:?}", begin.elapsed());
+        assert!(told.read_ahead() >= 2);
+        told.confirm().unwrap();
         decision
     });
     match outcome {

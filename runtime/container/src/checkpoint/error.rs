@@ -107,6 +107,15 @@ pub enum CheckpointError {
         /// What the kernel answered.
         source: io::Error,
     },
+    /// What CRIU was told of a process had changed by the time it was frozen.
+    #[error(
+        "process {pid} changed the flags of its memory (by madvise or mlock) just before it was frozen: migrate it again, \
+         and it will be frozen a little longer instead"
+    )]
+    Changed {
+        /// The process.
+        pid: i32,
+    },
     /// The caller decided against the restored container; it has been removed again.
     #[error("restore abandoned, the restored processes were killed")]
     Abandoned,

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use godwit_memory::ahead::Ahead;
 use godwit_memory::hide::Hidden;
 use godwit_memory::tracker::DirtyTracker;
 use godwit_protocol::plan::Abilities;
@@ -36,11 +37,13 @@ pub trait Checkpointer {
     fn tasks(&self) -> Result<Box<dyn Tasks>, Cause>;
 
     /// Prepares a dump into the directory `images` while the container runs, and touches no task. What is `hidden`
-    /// when the dump runs, which is to be all that CRIU restores lazily, is not in it.
+    /// when the dump runs, which is to be all that CRIU restores lazily, is not in it. The mappings are
+    /// read `ahead`, and whatever is read of them later is used if it is not known to be wrong by then.
     ///
     /// # Errors
     /// What is in the way of a dump.
-    fn prepare(&mut self, images: &Path, hidden: Option<&Hidden>) -> Result<Self::Dump, Cause>;
+    fn prepare(&mut self, images: &Path, hidden: Option<&Hidden>, ahead: &Ahead)
+    -> Result<Self::Dump, Cause>;
 
     /// Stops every task. From here on, dropping the value lets them run again.
     ///
@@ -90,9 +93,13 @@ pub trait Tasks: Send {
 
 /// A dump that has been prepared.
 pub trait Dumping: Send + 'static {
-    /// Dumps the frozen tasks. `decide` is called when everything has been written; it may take its time.
+    /// Dumps the frozen tasks. `decide` is called when everything has been written; it may take its time. What it gets
+    /// finds out whether that is true of the tasks, for it may rest on what was read before they were frozen.
     ///
     /// # Errors
     /// What went wrong; the tasks are then as they were before, frozen by whoever froze them.
-    fn run(self, decide: impl FnOnce() -> Verdict) -> Result<(), Cause>;
+    fn run(self, decide: impl FnOnce(Confirm<'_>) -> Verdict) -> Result<(), Cause>;
 }
+
+/// Fails if what was dumped is not true of the tasks.
+pub type Confirm<'d> = &'d dyn Fn() -> Result<(), Cause>;

@@ -9,13 +9,14 @@ use godwit_container::checkpoint::{CheckpointOptions, Decision, Dump, Outcome, i
 use godwit_container::{Stored, cgroup};
 use godwit_criu::Program;
 use godwit_memory::MemoryError;
+use godwit_memory::ahead::Ahead;
 use godwit_memory::hide::{self, Hidden};
 use godwit_memory::tracker::{DirtyTracker, Procfs, SoftDirtyTracker, WpAsyncTracker};
 use godwit_protocol::plan::Abilities;
 use godwit_sys::freezer::{Freezer, FreezerState, Frozen};
 use godwit_sys::pidfd::PidFd;
 
-use super::container::{Checkpointer, Dumping, Tasks, Verdict};
+use super::container::{Checkpointer, Confirm, Dumping, Tasks, Verdict};
 use crate::Cause;
 use crate::rootfs::shared_writable_paths;
 
@@ -70,7 +71,7 @@ impl Checkpointer for CriuCheckpointer {
         Ok(Box::new(CgroupTasks { stored: self.stored.clone(), freezer: cgroup::freezer(&self.stored)? }))
     }
 
-    fn prepare(&mut self, images: &Path, hidden: Option<&Hidden>) -> Result<Dump, Cause> {
+    fn prepare(&mut self, images: &Path, hidden: Option<&Hidden>, ahead: &Ahead) -> Result<Dump, Cause> {
         let options = CheckpointOptions {
             work_path: Some(self.work_path.clone()),
             tcp_established: true,
@@ -80,9 +81,15 @@ impl Checkpointer for CriuCheckpointer {
             // CRIU writes every line by a call of its own, and the container is frozen meanwhile.
             terse_log: !log::log_enabled!(log::Level::Debug),
             hidden: hidden.cloned(),
+            ahead: Some(ahead.clone()),
             ..CheckpointOptions::new(images)
         };
-        Ok(Dump::prepare(&Program::find()?, &self.stored, &options)?)
+        let dump = Dump::prepare(&Program::find()?, &self.stored, &options)?;
+        // Twice: a program that changes flags all the time shows it.
+        for _ in 0..2 {
+            ahead.read(&cgroup::processes(&self.stored)?);
+        }
+        Ok(dump)
     }
 
     fn freeze(&mut self) -> Result<(), Cause> {
@@ -171,8 +178,8 @@ impl Tasks for CgroupTasks {
 }
 
 impl Dumping for Dump {
-    fn run(self, decide: impl FnOnce() -> Verdict) -> Result<(), Cause> {
-        let outcome = Self::run(self, || match decide() {
+    fn run(self, decide: impl FnOnce(Confirm<'_>) -> Verdict) -> Result<(), Cause> {
+        let outcome = Self::run(self, |told| match decide(&|| Ok(told.confirm()?)) {
             Verdict::Kill => Decision::Commit,
             Verdict::Release => Decision::Rollback,
         })?;

@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
+use godwit_memory::ahead::Ahead;
 use godwit_memory::hide::Hidden;
 use godwit_memory::tracker::{self, Collection, DirtyTracker};
 use godwit_memory::{PageSet, maps};
@@ -96,6 +97,7 @@ impl Memory {
     pub(super) fn start(
         route: Route,
         tasks: Box<dyn Tasks>,
+        ahead: Ahead,
         sent: Arc<Sent>,
         tell: impl Fn(Told) + Send + 'static,
     ) -> std::io::Result<Self> {
@@ -106,6 +108,7 @@ impl Memory {
             route,
             tasks,
             hidden: hidden.clone(),
+            ahead,
             tracker: None,
             streams: None,
             pending,
@@ -188,6 +191,7 @@ struct Follower {
     route: Route,
     tasks: Box<dyn Tasks>,
     hidden: Hidden,
+    ahead: Ahead,
     tracker: Option<Box<dyn DirtyTracker + Send>>,
     streams: Option<Arc<PageStreams>>,
     pending: Pending,
@@ -250,6 +254,10 @@ impl Follower {
 
     fn scan(&mut self, frozen: bool) -> Result<(), Cause> {
         let processes = self.tasks.processes()?;
+        if self.round > 0 && !frozen {
+            // Each scan may be the last before the freeze. Before it, not behind: what is written meanwhile is found by it.
+            self.ahead.read(&processes);
+        }
         let collection = match &mut self.tracker {
             Some(tracker) if frozen => tracker.collect_frozen(&processes)?,
             Some(tracker) => tracker.collect(&processes)?,

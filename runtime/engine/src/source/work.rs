@@ -14,7 +14,7 @@ use godwit_protocol::wire::Message;
 use godwit_protocol::worker::{self, Command};
 
 use super::bulk::{BulkError, BulkLink, RootfsSender};
-use super::container::{Checkpointer, Dumping, Verdict};
+use super::container::{Checkpointer, Confirm, Dumping, Verdict};
 use super::images::ImageStream;
 use super::listen::{Heard, listen};
 use super::memory::{Cut, Memory, Route, Told};
@@ -122,8 +122,8 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
     pub(super) fn send_rootfs(&mut self) -> Result<(), Cause> {
         let images = ImageDir::make(self.order.request.images, image_dir::room_bytes())?;
         self.memory = self.start_memory()?;
-        let dump =
-            self.container.prepare(images.path(), self.memory.as_ref().map(|memory| &memory.hidden))?;
+        let hidden = self.memory.as_ref().map(|memory| &memory.hidden);
+        let dump = self.container.prepare(images.path(), hidden, &self.ahead)?;
         self.images = Some(images);
         let rootfs = self.order.rootfs.clone();
         let sent = Arc::clone(&self.sent);
@@ -159,7 +159,13 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
             };
             news.send(told).ok();
         };
-        Ok(Some(Memory::start(route, self.container.tasks()?, Arc::clone(&self.sent), tell)?))
+        Ok(Some(Memory::start(
+            route,
+            self.container.tasks()?,
+            self.ahead.clone(),
+            Arc::clone(&self.sent),
+            tell,
+        )?))
     }
 
     /// As many as the processors can keep busy, less one: each stream takes one to read and send, and one to receive,
@@ -213,10 +219,15 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         let thread = thread::spawn({
             let dumped = Arc::clone(&dumped);
             move || {
-                let decide = || {
+                let decide = |confirm: Confirm<'_>| {
                     news.send(News::Event(Event::Dumped)).ok();
                     // After the event: the state can be complete only behind it.
                     dumped.store(true, Ordering::Release);
+                    news.send(News::Event(match confirm() {
+                        Ok(()) => Event::Confirmed,
+                        Err(cause) => Event::Failed { cause: causes(cause.as_ref()) },
+                    }))
+                    .ok();
                     // Without a verdict nobody is left to give one, and the container goes on.
                     verdicts.recv().unwrap_or(Verdict::Release)
                 };

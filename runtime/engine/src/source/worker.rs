@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 
+use godwit_memory::ahead::Ahead;
 use godwit_protocol::Phase;
 use godwit_protocol::offer::{self, Accept};
 use godwit_protocol::plan::{Abilities, Plan};
@@ -81,6 +82,8 @@ pub(super) struct Worker<C: Checkpointer, T> {
     pub(super) dump: Option<Dump>,
     pub(super) plan: Option<Plan>,
     pub(super) memory: Option<Memory>,
+    /// What is known of the tasks' mappings before the freeze.
+    pub(super) ahead: Ahead,
     pub(super) streams: Option<Arc<PageStreams>>,
     pub(super) sent: Arc<Sent>,
     pub(super) expected_bytes: u64,
@@ -112,6 +115,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
             dump: None,
             plan: None,
             memory: None,
+            ahead: Ahead::default(),
             streams: None,
             sent: Arc::default(),
             expected_bytes: 0,

@@ -13,7 +13,8 @@ use std::{env, fs};
 use godwit_container::create::{CreateOptions, create};
 use godwit_container::{Store, lifecycle};
 use godwit_engine::image_dir::ImageDir;
-use godwit_engine::source::{Checkpointer, CriuCheckpointer, Dumping, Verdict};
+use godwit_engine::source::{Checkpointer, Confirm, CriuCheckpointer, Dumping, Verdict};
+use godwit_memory::ahead::Ahead;
 use serde_json::json;
 
 #[path = "../loopback/pretend.rs"]
@@ -74,7 +75,7 @@ fn conforms(bed: &mut impl Bed) {
 
     let images = bed.images();
     let mut container = bed.take();
-    drop(container.prepare(images.path(), None).expect("prepare"));
+    drop(container.prepare(images.path(), None, &Ahead::default()).expect("prepare"));
     assert!(bed.runs(), "a dump that is only prepared touches nothing");
 
     container.freeze().expect("freeze");
@@ -85,10 +86,10 @@ fn conforms(bed: &mut impl Bed) {
 
     let images = bed.images();
     let mut container = bed.take();
-    let dump = container.prepare(images.path(), None).expect("prepare");
+    let dump = container.prepare(images.path(), None, &Ahead::default()).expect("prepare");
     container.freeze().expect("freeze");
     let mut complete = false;
-    let decide = || {
+    let decide = |_: Confirm<'_>| {
         complete = images.path().join("inventory.img").exists() && images.path().join("pages-1.img").exists();
         Verdict::Release
     };
@@ -101,10 +102,10 @@ fn conforms(bed: &mut impl Bed) {
 
     let images = bed.images();
     let mut container = bed.take();
-    let dump = container.prepare(images.path(), None).expect("prepare");
+    let dump = container.prepare(images.path(), None, &Ahead::default()).expect("prepare");
     container.freeze().expect("freeze");
     container.leave_frozen();
-    dump.run(|| Verdict::Release).expect("a released dump");
+    dump.run(|_| Verdict::Release).expect("a released dump");
     drop(container);
     assert!(bed.stands_still() && !bed.is_gone(), "what is left frozen stays so");
 
@@ -115,9 +116,9 @@ fn conforms(bed: &mut impl Bed) {
 
     let images = bed.images();
     let mut container = bed.take();
-    let dump = container.prepare(images.path(), None).expect("prepare");
+    let dump = container.prepare(images.path(), None, &Ahead::default()).expect("prepare");
     container.freeze().expect("freeze");
-    dump.run(|| Verdict::Kill).expect("a committed dump");
+    dump.run(|_| Verdict::Kill).expect("a committed dump");
     container.kill().expect("kill");
     assert!(bed.is_gone(), "a committed dump leaves no task");
 
@@ -151,7 +152,7 @@ impl Bed for PretendedBed {
     }
 
     fn take(&self) -> Self::Checkpointer {
-        pretend::PretendedCheckpointer::new(self.tasks.clone(), self.rootfs.path().to_owned(), false, 0)
+        pretend::PretendedCheckpointer::new(self.tasks.clone(), self.rootfs.path().to_owned(), None, 0)
     }
 
     fn adopt(&self) -> Self::Checkpointer {

@@ -18,7 +18,7 @@ use godwit_protocol::report::Outcome;
 use godwit_protocol::source::End;
 use godwit_protocol::worker::Event;
 
-use crate::pretend::{LAST_FILE, Tasks};
+use crate::pretend::{DumpFailure, LAST_FILE, Tasks};
 use crate::world::{Direction, Plan, World};
 
 fn may_run() -> bool {
@@ -125,11 +125,16 @@ fn a_failed_dump_or_restore_leaves_the_container_on_the_source() {
     if !may_run() {
         return;
     }
-    let mut world = World::new(Plan { dump_fails: true, ..Plan::default() });
-    let failure = world.fail();
-    assert!(failure.cause.contains("pretended dump"), "{failure}");
-    assert_eq!(failure.side, Side::Source);
-    world.check(failure.fate);
+    for (fails, cause) in [
+        (DumpFailure::Before, "a pretended dump failed"),
+        (DumpFailure::Behind, "a pretended task had changed"),
+    ] {
+        let mut world = World::new(Plan { dump_fails: Some(fails), ..Plan::default() });
+        let failure = world.fail();
+        assert!(failure.cause.contains(cause), "{failure}");
+        assert_eq!((failure.side, failure.fate), (Side::Source, Fate::RunningOnSource));
+        world.check(failure.fate);
+    }
 
     let mut world = World::new(Plan { restore_fails: true, ..Plan::default() });
     let failure = world.fail();

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use godwit_engine::Cause;
-use godwit_engine::source::{self, Checkpointer, Dumping, Verdict};
+use godwit_engine::source::{self, Checkpointer, Confirm, Dumping, Verdict};
+use godwit_memory::ahead::Ahead;
 use godwit_memory::hide::Hidden;
 use godwit_protocol::plan::Abilities;
 
@@ -51,10 +52,19 @@ pub(crate) fn pages() -> Vec<u8> {
     (0..640_u32 * 4096).map(|at| (at ^ (at >> 9)).to_le_bytes()[0]).collect()
 }
 
+/// When a dump fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DumpFailure {
+    /// Amid the writing.
+    Before,
+    /// When it turns out not to be true of the tasks.
+    Behind,
+}
+
 #[derive(Debug)]
 pub(crate) struct PretendedCheckpointer {
     tasks: Side,
-    fails: bool,
+    fails: Option<DumpFailure>,
     /// Where the container writes a last file before it is frozen.
     rootfs: PathBuf,
     thaws: bool,
@@ -63,7 +73,7 @@ pub(crate) struct PretendedCheckpointer {
 }
 
 impl PretendedCheckpointer {
-    pub(crate) fn new(tasks: Side, rootfs: PathBuf, fails: bool, unsettled: u32) -> Self {
+    pub(crate) fn new(tasks: Side, rootfs: PathBuf, fails: Option<DumpFailure>, unsettled: u32) -> Self {
         let thaws = tasks.get() == Tasks::Stopped;
         Self { thaws, tasks, fails, rootfs, unsettled: unsettled.into() }
     }
@@ -73,7 +83,7 @@ impl PretendedCheckpointer {
 pub(crate) struct PretendedDump {
     images: PathBuf,
     tasks: Side,
-    fails: bool,
+    fails: Option<DumpFailure>,
 }
 
 impl Checkpointer for PretendedCheckpointer {
@@ -87,7 +97,12 @@ impl Checkpointer for PretendedCheckpointer {
         Err("the tasks are pretended".into())
     }
 
-    fn prepare(&mut self, images: &Path, hidden: Option<&Hidden>) -> Result<PretendedDump, Cause> {
+    fn prepare(
+        &mut self,
+        images: &Path,
+        hidden: Option<&Hidden>,
+        _ahead: &Ahead,
+    ) -> Result<PretendedDump, Cause> {
         assert!(hidden.is_none(), "nothing can be hidden here");
         Ok(PretendedDump { images: images.to_owned(), tasks: self.tasks.clone(), fails: self.fails })
     }
@@ -135,18 +150,20 @@ impl Drop for PretendedCheckpointer {
 }
 
 impl Dumping for PretendedDump {
-    fn run(self, decide: impl FnOnce() -> Verdict) -> Result<(), Cause> {
+    fn run(self, decide: impl FnOnce(Confirm<'_>) -> Verdict) -> Result<(), Cause> {
         assert_eq!(self.tasks.get(), Tasks::Stopped, "dumped while it runs");
         let mut file = fs::File::create(self.images.join("pages-1.img"))?;
         for piece in pages().chunks(300_000) {
             file.write_all(piece)?;
         }
-        if self.fails {
+        if self.fails == Some(DumpFailure::Before) {
             return Err("a pretended dump failed".into());
         }
         fs::write(self.images.join("inventory.img"), b"inventory")?;
         fs::write(self.images.join("descriptors.json"), b"[]")?;
-        if decide() == Verdict::Kill {
+        let is_true = self.fails != Some(DumpFailure::Behind);
+        let confirm = || if is_true { Ok(()) } else { Err("a pretended task had changed".into()) };
+        if decide(&confirm) == Verdict::Kill {
             self.tasks.set(Tasks::Gone);
         }
         Ok(())

@@ -26,7 +26,7 @@ use godwit_protocol::wire::{Message, Reject, RejectCode};
 use godwit_protocol::worker::{Command, Event};
 use godwit_protocol::{Failure, MigrationRequest, Mode, Phase, Report, offer};
 
-use crate::pretend::{LAST_FILE, PretendedCheckpointer, Side, Tasks, pages};
+use crate::pretend::{DumpFailure, LAST_FILE, PretendedCheckpointer, Side, Tasks, pages};
 use crate::restore::PretendedRestorer;
 
 /// Which way bytes go.
@@ -41,7 +41,7 @@ pub(crate) enum Direction {
 pub(crate) struct Plan {
     pub(crate) dry_run: bool,
     pub(crate) reject: Option<&'static str>,
-    pub(crate) dump_fails: bool,
+    pub(crate) dump_fails: Option<DumpFailure>,
     /// Freezes that find something under way, before one does not.
     pub(crate) unsettled: u32,
     pub(crate) restore_fails: bool,

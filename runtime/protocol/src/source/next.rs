@@ -69,22 +69,58 @@ fn go_on(state: State, course: &mut Course, event: Event, now: Tick) -> Next {
         }
         (State::Dumping { mut watch }, Event::Dumped) => {
             watch.dumped(now);
-            (State::Transferring { watch }, vec![])
+            (State::Transferring { watch, confirmed: false }, vec![])
         }
-        (State::Transferring { watch }, Event::StateSent) => (State::AwaitingReceipt { watch }, vec![]),
+        (
+            state @ (State::Transferring { .. }
+            | State::AwaitingReceipt { .. }
+            | State::Restoring { .. }
+            | State::Confirming { .. }),
+            event,
+        ) => dumped(state, event, now),
         // The target takes the final pass and the last pages beside the images: the words for them may come at any
         // time until it has received everything, and nothing depends on them.
         (
-            state @ (State::Dumping { .. } | State::Transferring { .. } | State::AwaitingReceipt { .. }),
+            state @ State::Dumping { .. },
             Event::Peer(PeerEvent::RootfsApplied(Pass::Final) | PeerEvent::RoundReceived(_)),
         ) => (state, vec![]),
-        (State::AwaitingReceipt { mut watch }, Event::Peer(PeerEvent::Received)) => {
-            watch.transferred(now);
-            (State::Restoring { watch }, vec![])
+        (state, event) => elsewhere(state, &event),
+    }
+}
+
+/// From the dump to COMMIT, which waits for the target, and for what was dumped to be confirmed.
+fn dumped(state: State, event: Event, now: Tick) -> Next {
+    match (state, event) {
+        (State::Transferring { watch, .. }, Event::Confirmed) => {
+            (State::Transferring { watch, confirmed: true }, vec![])
         }
-        (State::Restoring { mut watch }, Event::Peer(PeerEvent::Restored)) => {
-            watch.restored(now);
+        (State::AwaitingReceipt { watch, .. }, Event::Confirmed) => {
+            (State::AwaitingReceipt { watch, confirmed: true }, vec![])
+        }
+        (State::Restoring { watch, .. }, Event::Confirmed) => {
+            (State::Restoring { watch, confirmed: true }, vec![])
+        }
+        (State::Confirming { watch }, Event::Confirmed) => {
             (State::Committing { watch }, vec![Action::Commit])
+        }
+        (State::Transferring { watch, confirmed }, Event::StateSent) => {
+            (State::AwaitingReceipt { watch, confirmed }, vec![])
+        }
+        (
+            state @ (State::Transferring { .. } | State::AwaitingReceipt { .. }),
+            Event::Peer(PeerEvent::RootfsApplied(Pass::Final) | PeerEvent::RoundReceived(_)),
+        ) => (state, vec![]),
+        (State::AwaitingReceipt { mut watch, confirmed }, Event::Peer(PeerEvent::Received)) => {
+            watch.transferred(now);
+            (State::Restoring { watch, confirmed }, vec![])
+        }
+        (State::Restoring { mut watch, confirmed }, Event::Peer(PeerEvent::Restored)) => {
+            watch.restored(now);
+            if confirmed {
+                (State::Committing { watch }, vec![Action::Commit])
+            } else {
+                (State::Confirming { watch }, vec![])
+            }
         }
         (state, event) => elsewhere(state, &event),
     }

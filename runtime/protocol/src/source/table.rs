@@ -29,7 +29,12 @@ const TRANSITIONS: &[Row] = &[
     ("Dumping", "Dumped", "", "Transferring", &[]),
     ("Transferring", "StateSent", "", "AwaitingReceipt", &[]),
     ("AwaitingReceipt", "Received", "", "Restoring", &[]),
-    ("Restoring", "Restored", "", "Committing", &["Commit"]),
+    ("Transferring", "Confirmed", "", "Transferring", &[]),
+    ("AwaitingReceipt", "Confirmed", "", "AwaitingReceipt", &[]),
+    ("Restoring", "Confirmed", "", "Restoring", &[]),
+    ("Restoring", "Restored", "confirmed", "Committing", &["Commit"]),
+    ("Restoring", "Restored", "not confirmed", "Confirming", &[]),
+    ("Confirming", "Confirmed", "", "Committing", &["Commit"]),
     ("Committing", "Resumed", "in images", "Killing", &["Kill"]),
     ("Committing", "Resumed", "ours", "Serving", &["Serve"]),
     ("Committing", "Aborted", "", "RollingBack", &["RollBack"]),
@@ -69,7 +74,7 @@ const TRANSITIONS: &[Row] = &[
     ("RollingBack", "RollbackFailed", "", "Done", &["ReportFailed"]),
 ];
 
-const REVOCABLE: [&str; 14] = [
+const REVOCABLE: [&str; 15] = [
     "Connecting",
     "Negotiating",
     "Preparing",
@@ -84,6 +89,7 @@ const REVOCABLE: [&str; 14] = [
     "Transferring",
     "AwaitingReceipt",
     "Restoring",
+    "Confirming",
 ];
 
 /// The rules of the module's documentation for what is not in the table.
@@ -163,6 +169,8 @@ impl Given {
             "last try" => !self.holds("tries left", state, event),
             "pages left" => self.leaves_pages,
             "all sent" => !self.leaves_pages,
+            "confirmed" => matches!(state, State::Restoring { confirmed: true, .. }),
+            "not confirmed" => matches!(state, State::Restoring { confirmed: false, .. }),
             "released" => matches!(state, State::Killing { released: true, .. }),
             "not released" => matches!(state, State::Killing { released: false, .. }),
             other => panic!("nobody knows when [{other}] holds"),
@@ -197,9 +205,11 @@ fn states() -> Vec<State> {
         State::Freezing { watch: watch(), tries: FREEZE_TRIES },
         State::Settling { tries: 1 },
         State::Dumping { watch: watch() },
-        State::Transferring { watch: watch() },
-        State::AwaitingReceipt { watch: watch() },
-        State::Restoring { watch: watch() },
+        State::Transferring { watch: watch(), confirmed: false },
+        State::AwaitingReceipt { watch: watch(), confirmed: false },
+        State::Restoring { watch: watch(), confirmed: false },
+        State::Restoring { watch: watch(), confirmed: true },
+        State::Confirming { watch: watch() },
         State::Committing { watch: watch() },
         State::Asking { watch: watch() },
         State::Serving { moved },
@@ -241,6 +251,7 @@ fn events() -> Vec<Event> {
         Event::Froze,
         Event::Unsettled { cause: text() },
         Event::Dumped,
+        Event::Confirmed,
         Event::StateSent,
         Event::Answered(FateAnswer::Here),
         Event::Answered(FateAnswer::Filling),

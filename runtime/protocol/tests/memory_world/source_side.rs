@@ -24,6 +24,8 @@ impl World {
         }
         if dumped {
             self.dumped = true;
+            // The state may be there, or restored, before that.
+            self.soon(Happening::AtSource(source::Event::Confirmed));
             self.plan_when_ready();
         }
     }

@@ -47,6 +47,7 @@ fn a_fault() -> impl Strategy<Value = Fault> {
         (1..80u8).prop_map(Fault::TargetDiesAt),
         (1..80u8, 1..400u16).prop_map(|(at, for_s)| Fault::AgentDownFrom(at, for_s)),
         (1..80u8).prop_map(Fault::CancelAt),
+        Just(Fault::DumpUntrue),
         (1..40u8).prop_map(Fault::NonsenseAtFrame),
     ]
 }

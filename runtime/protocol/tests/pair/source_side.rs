@@ -147,6 +147,14 @@ impl World {
         }
         if dumped {
             self.soon_and_then_tell(source::Event::StateSent, vec![target::Event::Complete]);
+            let confirmed = if self.strikes(|fault| matches!(fault, Fault::DumpUntrue)) {
+                source::Event::Failed { cause: "it is not what was dumped".to_owned() }
+            } else {
+                source::Event::Confirmed
+            };
+            // Now and then the target has restored it all before.
+            let (pause, life) = (self.a_while() * (1 + 5 * self.below(2)), self.source_life);
+            self.after(pause, Happening::AtSource(confirmed, life));
         }
     }
 

@@ -19,6 +19,8 @@ pub(crate) enum Fault {
     TargetDiesAt(u8),
     AgentDownFrom(u8, u16),
     CancelAt(u8),
+    /// What was dumped turns out not to be true of the tasks.
+    DumpUntrue,
     NonsenseAtFrame(u8),
 }
 

@@ -1,0 +1,135 @@
+//! Mappings that CRIU is told instead of asking the kernel, which takes long ([`godwit_memory::ahead`]).
+//!
+//! CRIU reads `/proc/PID/smaps`. In its own mount namespace a file in memory is bound over that of each process while
+//! the container runs; it is written when the container is frozen and before CRIU may go on: with what was read ahead
+//! if that is still true, and else with what is read then. A process that came later has its own smaps. The mounts end
+//! with their process or with CRIU.
+//!
+//! A program that changes the flags of its mappings all the time could never be dumped so. One that was found to have
+//! changed them is remembered, beside the container's state, and CRIU asks the kernel from then on.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use godwit_memory::MemoryError;
+use godwit_memory::ahead::{Ahead, Mappings};
+use godwit_sys::mount::Mounted;
+use godwit_sys::{SysError, mountns};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::cgroup;
+use crate::state::Stored;
+
+use super::error::{CheckpointError, Result};
+
+/// What one CRIU is told.
+#[derive(Debug, Default)]
+pub struct Told {
+    /// An empty file over each process's smaps.
+    files: Vec<(i32, File)>,
+    /// What stands in them that was read ahead.
+    ahead: Vec<(i32, Mappings)>,
+    /// Is made when the container is found to change its flags.
+    fickle: PathBuf,
+}
+
+impl Told {
+    /// Prepares to tell the CRIU with process id `criu`, which waits, about the container's processes. Where that
+    /// cannot be done CRIU asks the kernel.
+    ///
+    /// The calling thread's working directory is `/` afterwards.
+    pub(super) fn prepare(criu: i32, stored: &Stored) -> Self {
+        let fickle = stored.directory().join(FICKLE);
+        if fickle.exists() {
+            return Self::default();
+        }
+        let files = cgroup::processes(stored).map_err(Into::into).and_then(|pids| cover(criu, &pids));
+        match files {
+            Ok(files) => Self { files, ahead: Vec::new(), fickle },
+            Err(error) => {
+                log::info!("criu reads the mappings of the tasks itself: {error}");
+                Self::default()
+            }
+        }
+    }
+
+    /// Writes what CRIU is to read. The tasks are frozen.
+    ///
+    /// # Errors
+    /// If a process cannot be read, or the files cannot be written; CRIU may not go on then.
+    pub(super) fn write(&mut self, ahead: &Ahead) -> Result<()> {
+        for (pid, file) in &mut self.files {
+            let mappings = match current(*pid, ahead) {
+                Ok((mappings, was_read_ahead)) => {
+                    if was_read_ahead {
+                        self.ahead.push((*pid, mappings.clone()));
+                    }
+                    mappings
+                }
+                // Its file in /proc is gone as well, and the one over it with that.
+                Err(MemoryError::Sys(SysError::NoProcess { .. })) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let path = || PathBuf::from(format!("/proc/{pid}/smaps"));
+            file.write_all(mappings.as_bytes()).map_err(|error| CheckpointError::file(path())(error))?;
+        }
+        Ok(())
+    }
+
+    /// Of how many processes CRIU was told what had been read ahead.
+    pub fn read_ahead(&self) -> usize {
+        self.ahead.len()
+    }
+
+    /// Makes sure that what was read ahead is true of the tasks as they are, dumped and still frozen.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Changed`] if it is not: the dump is good for nothing.
+    pub fn confirm(&self) -> Result<()> {
+        for (pid, mappings) in &self.ahead {
+            if !mappings.still_holds(&Mappings::read(*pid)?) {
+                File::create(&self.fickle).map_err(CheckpointError::file(&self.fickle))?;
+                return Err(CheckpointError::Changed { pid: *pid });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the mappings of a frozen process, and whether they are those that were read ahead.
+fn current(pid: i32, ahead: &Ahead) -> godwit_memory::Result<(Mappings, bool)> {
+    match ahead.of(pid) {
+        Some(mappings) if mappings.is_current(pid)? => Ok((mappings, true)),
+        _ => Ok((Mappings::read(pid)?, false)),
+    }
+}
+
+/// Binds an empty file over each smaps, in the mount namespace of `criu`.
+fn cover(criu: i32, processes: &[i32]) -> Result<Vec<(i32, File)>> {
+    let path = PathBuf::from(format!("/proc/{criu}/ns/mnt"));
+    let namespace = File::open(&path).map_err(CheckpointError::file(&path))?;
+    // Only a thread with a working directory of its own may change its mount namespace.
+    unshare(CloneFlags::CLONE_FS).map_err(|errno| CheckpointError::file(&path)(errno.into()))?;
+    mountns::run_in(&namespace, || {
+        // The files outlive its place in the tree.
+        let directory = Mounted::tmpfs(Path::new("/tmp"), SIZE_BYTES)?;
+        let mut files = Vec::new();
+        for pid in processes {
+            let file = directory.path().join(format!("smaps-{pid}"));
+            let covered = PathBuf::from(format!("/proc/{pid}/smaps"));
+            let opened = File::create(&file).map_err(CheckpointError::file(&file))?;
+            if !covered.exists() {
+                continue;
+            }
+            Mounted::bind(&file, &covered)?.keep();
+            files.push((*pid, opened));
+        }
+        Ok(files)
+    })?
+}
+
+/// In the directory of the container's state.
+const FICKLE: &str = "mappings-change";
+/// Room for text: a hundred thousand mappings take some 20 MB.
+const SIZE_BYTES: u64 = 1 << 30;
