@@ -247,10 +247,9 @@ impl Ledger {
         self.remote.fetch_sub(claim.pages.pages(), Ordering::AcqRel);
     }
 
+    /// A claim of arriving pages may lie in several segments that are neighbours.
     fn mark(&self, claim: Claim, installed: u64) {
-        let Some((_, segment, first)) = self.find(claim.pages.start()) else { return };
-        let count = usize::try_from(claim.pages.pages()).unwrap_or(usize::MAX);
-        for (index, page) in (0_u64..).zip(segment.states[first..].iter().take(count)) {
+        for (index, (_, page)) in (0_u64..).zip(self.located(claim.origin_pages())) {
             let next = if index < installed { State::Installed } else { State::Held };
             page.store(next as u8, Ordering::Release);
         }

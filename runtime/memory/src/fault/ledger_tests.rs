@@ -6,15 +6,50 @@ use super::*;
 
 #[derive(Debug, Clone)]
 enum Step {
-    Claim { page: u64, count: u64, installed: u64 },
-    Next { cursor: u64, count: u64 },
-    Request { page: u64, window: u64 },
-    MarkRequested { page: u64, count: u64 },
-    Arrive { page: u64, count: u64 },
-    Bring { page: u64, count: u64, installed: u64 },
-    Drop { page: u64, count: u64 },
-    Unmap { page: u64, count: u64 },
-    Remap { page: u64, count: u64, to: u64 },
+    Claim {
+        page: u64,
+        count: u64,
+        installed: u64,
+    },
+    Next {
+        cursor: u64,
+        count: u64,
+    },
+    Request {
+        page: u64,
+        window: u64,
+    },
+    MarkRequested {
+        page: u64,
+        count: u64,
+    },
+    Arrive {
+        page: u64,
+        count: u64,
+    },
+    Bring {
+        page: u64,
+        count: u64,
+        installed: u64,
+    },
+    Drop {
+        page: u64,
+        count: u64,
+    },
+    Unmap {
+        page: u64,
+        count: u64,
+    },
+    Remap {
+        page: u64,
+        count: u64,
+        to: u64,
+    },
+    /// Away, and back.
+    Return {
+        page: u64,
+        count: u64,
+    },
     Fork,
 }
 
@@ -31,6 +66,7 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(page, count, installed)| Step::Bring { page, count, installed }),
         1 => (page.clone(), count.clone()).prop_map(|(page, count)| Step::Drop { page, count }),
         1 => (page.clone(), count.clone()).prop_map(|(page, count)| Step::Unmap { page, count }),
+        2 => (page.clone(), count.clone()).prop_map(|(page, count)| Step::Return { page, count }),
         2 => (page, count, 100_u64..140).prop_map(|(page, count, to)| Step::Remap { page, count, to }),
         1 => Just(Step::Fork),
     ]
@@ -173,6 +209,10 @@ fn apply(ledger: &mut Ledger, naive: &mut Naive, step: &Step) {
             naive.retain(|key, _| !(to..to + count).contains(key));
             naive.extend(moved.into_iter().map(|(key, entry)| (key - page + to, entry)));
         }
+        Step::Return { page, count } => {
+            apply(ledger, naive, &Step::Remap { page, count, to: 150 });
+            apply(ledger, naive, &Step::Remap { page: 150, count, to: page });
+        }
         Step::Fork => *ledger = ledger.fork(),
     }
 }
@@ -195,12 +235,26 @@ proptest! {
         for step in &steps {
             apply(&mut ledger, &mut naive, step);
             prop_assert_eq!((ledger.held(), ledger.remote()), (held(&naive), remote(&naive)));
-            for page in 0..160 {
+            for page in 0..170 {
                 let expected = naive.get(&page).map_or(State::Absent, |(_, state)| *state);
                 prop_assert_eq!(ledger.state(page * PAGE_BYTES), expected);
             }
         }
     }
+}
+
+/// Memory that moved in parts and came back lies together, in pieces.
+#[test]
+fn pages_that_arrive_for_two_neighbouring_pieces_are_settled_in_both() {
+    let mut ledger =
+        Ledger::new(&SpacePlan { remote: [pages(0, 8)].into_iter().collect(), ..SpacePlan::default() });
+    drop(ledger.remap(pages(4, 4), 100 * PAGE_BYTES));
+    drop(ledger.remap(pages(100, 4), 4 * PAGE_BYTES));
+    for claim in ledger.claim_arriving(pages(0, 8)) {
+        ledger.settle_arriving(claim, 6.min(claim.pages.pages()));
+    }
+    assert_eq!(ledger.remote(), 0);
+    assert!((0..8).all(|page| ledger.state(page * PAGE_BYTES) != State::Busy));
 }
 
 #[test]
