@@ -197,7 +197,8 @@ impl Gate {
         self.check();
     }
 
-    /// Tells, once, that everything has come, or what is wrong with it.
+    /// Tells, once, that everything has come, or what is wrong with it. Whatever is told of the state is told with the
+    /// lock held: what one thread tells for a change may not overtake the word for the change.
     fn check(&self) {
         let mut state = self.lock();
         let marked = |round: u32| state.marked.is_some_and(|marked| marked >= round);
@@ -211,10 +212,8 @@ impl Gate {
             Err(what) => Event::Nonsense { what },
         };
         state.remote_pages = state.plan.values().map(|promised| promised.remote.pages()).sum();
-        let all_here = state.remote_pages == 0;
-        drop(state);
         (self.tell)(event);
-        if all_here {
+        if state.remote_pages == 0 {
             (self.tell)(Event::Arrived);
         }
     }
@@ -273,14 +272,16 @@ impl Gate {
 
 impl Arrivals for Gate {
     fn on_mark(&self, round: u32) {
+        let mut state = self.lock();
         if round == ROUND_LAST {
-            if self.lock().is_complete {
+            if state.is_complete {
                 (self.tell)(Event::Arrived);
             }
             return;
         }
-        self.lock().marked = Some(round);
+        state.marked = Some(round);
         (self.tell)(Event::RoundComplete(round));
+        drop(state);
         self.check();
     }
 
