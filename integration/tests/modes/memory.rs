@@ -166,7 +166,7 @@ fn goes_to_and_fro(stage: &Stage, storm: Storm, modes: &[Mode]) -> Outcome {
 }
 
 /// Kinds whose memory is private and anonymous, every page of it written before anything else happens.
-const ANONYMOUS: [&str; 4] = ["single", "threads", "processes", "thp"];
+const ANONYMOUS: [&str; 3] = ["single", "threads", "processes"];
 const HUGE_PAGES: u64 = 4;
 
 /// Returns the mode of a name.
