@@ -200,7 +200,7 @@ impl Dump {
         match session.next_message()? {
             Message::Notification(notification) if notification.script == Script::PreDump => {
                 let told = match session.pid().filter(|_| options.ahead.is_some()) {
-                    Some(criu) => Told::prepare(criu, stored),
+                    Some(criu) => Told::prepare(criu, stored)?,
                     None => Told::default(),
                 };
                 let (program, stored) = (program.clone(), stored.clone());

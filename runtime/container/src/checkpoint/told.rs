@@ -16,6 +16,7 @@ use godwit_memory::MemoryError;
 use godwit_memory::ahead::{Ahead, Mappings};
 use godwit_sys::mount::Mounted;
 use godwit_sys::{SysError, mountns};
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 
 use crate::cgroup;
@@ -35,23 +36,19 @@ pub struct Told {
 }
 
 impl Told {
-    /// Prepares to tell the CRIU with process id `criu`, which waits, about the container's processes. Where that
-    /// cannot be done CRIU asks the kernel.
+    /// Prepares to tell the CRIU with process id `criu`, which waits, about the container's processes.
     ///
     /// The calling thread's working directory is `/` afterwards.
-    pub(super) fn prepare(criu: i32, stored: &Stored) -> Self {
+    ///
+    /// # Errors
+    /// If that can neither be done nor undone: CRIU may read an empty file, and take a process for one without memory.
+    pub(super) fn prepare(criu: i32, stored: &Stored) -> Result<Self> {
         let fickle = stored.directory().join(FICKLE);
         if fickle.exists() {
-            return Self::default();
+            return Ok(Self::default());
         }
-        let files = cgroup::processes(stored).map_err(Into::into).and_then(|pids| cover(criu, &pids));
-        match files {
-            Ok(files) => Self { files, ahead: Vec::new(), fickle },
-            Err(error) => {
-                log::info!("criu reads the mappings of the tasks itself: {error}");
-                Self::default()
-            }
-        }
+        let files = cover(criu, &cgroup::processes(stored)?)?;
+        Ok(Self { files, ahead: Vec::new(), fickle })
     }
 
     /// Writes what CRIU is to read. The tasks are frozen.
@@ -105,7 +102,7 @@ fn current(pid: i32, ahead: &Ahead) -> godwit_memory::Result<(Mappings, bool)> {
     }
 }
 
-/// Binds an empty file over each smaps, in the mount namespace of `criu`.
+/// Binds an empty file over each smaps, in the mount namespace of `criu`; over none, where the kernel does not let us.
 fn cover(criu: i32, processes: &[i32]) -> Result<Vec<(i32, File)>> {
     let path = PathBuf::from(format!("/proc/{criu}/ns/mnt"));
     let namespace = File::open(&path).map_err(CheckpointError::file(&path))?;
@@ -114,19 +111,32 @@ fn cover(criu: i32, processes: &[i32]) -> Result<Vec<(i32, File)>> {
     mountns::run_in(&namespace, || {
         // The files outlive its place in the tree.
         let directory = Mounted::tmpfs(Path::new("/tmp"), SIZE_BYTES)?;
-        let mut files = Vec::new();
+        let mut covers: Vec<(i32, File, Mounted)> = Vec::new();
         for pid in processes {
-            let file = directory.path().join(format!("smaps-{pid}"));
-            let covered = PathBuf::from(format!("/proc/{pid}/smaps"));
-            let opened = File::create(&file).map_err(CheckpointError::file(&file))?;
-            if !covered.exists() {
-                continue;
+            match bind(directory.path(), *pid) {
+                Ok((file, mounted)) => covers.push((*pid, file, mounted)),
+                // The process has ended.
+                Err(CheckpointError::Sys(SysError::Mount { errno: Errno::ENOENT, .. })) => {}
+                Err(error) => {
+                    log::info!("criu reads the mappings of the tasks itself: {error}");
+                    covers.into_iter().try_for_each(|(_, _, mounted)| mounted.unmount())?;
+                    return Ok(Vec::new());
+                }
             }
-            Mounted::bind(&file, &covered)?.keep();
-            files.push((*pid, opened));
         }
-        Ok(files)
+        let keep = |(pid, file, mounted): (i32, File, Mounted)| {
+            mounted.keep();
+            (pid, file)
+        };
+        Ok(covers.into_iter().map(keep).collect())
     })?
+}
+
+/// Binds an empty file of `directory` over one smaps.
+fn bind(directory: &Path, pid: i32) -> Result<(File, Mounted)> {
+    let path = directory.join(format!("smaps-{pid}"));
+    let file = File::create(&path).map_err(CheckpointError::file(&path))?;
+    Ok((file, Mounted::bind(&path, &PathBuf::from(format!("/proc/{pid}/smaps")))?))
 }
 
 /// In the directory of the container's state.
