@@ -17,7 +17,8 @@ use crate::figure::Figure;
 
 /// Runs the figure.
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
-    let (runs, streams): (_, &[u8]) = if arguments.full { (5, &[1, 2, 4, 8]) } else { (1, &[1, 2, 4]) };
+    let runs = arguments.runs(1, 5);
+    let streams: &[u8] = if arguments.full { &[1, 2, 4, 8] } else { &[1, 2, 4] };
     let mut figure = Figure::new("link");
     note_versions(&mut figure, arguments.containerd)?;
     figure.note_version("iperf3", "iperf3".as_ref());

@@ -29,15 +29,25 @@ pub(crate) struct Arguments {
     /// A few runs: minutes at most.
     #[arg(long)]
     quick: bool,
-    /// Enough runs for a spread to mean something.
+    /// Everything, with enough runs for a spread to mean something.
     #[arg(long)]
     full: bool,
+    /// So many runs instead of the usual number: with --quick, medians of the few things that it looks at.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    runs: Option<u32>,
     /// Where the files go.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// The containerd that both contenders run under.
     #[arg(long, value_name = "VERSION", default_value = "1.7")]
     containerd: Version,
+}
+
+impl Arguments {
+    /// How often everything is measured.
+    fn runs(&self, quick: u32, full: u32) -> u32 {
+        self.runs.unwrap_or(if self.full { full } else { quick })
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

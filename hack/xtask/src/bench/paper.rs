@@ -16,7 +16,7 @@ use crate::figure::Figure;
 
 /// Runs the figure.
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
-    let runs = if arguments.full { 5 } else { 1 };
+    let runs = arguments.runs(1, 5);
     let mut figure = Figure::new("figure");
     note_versions(&mut figure, arguments.containerd)?;
     for rate in [None, Some("1gbit")] {

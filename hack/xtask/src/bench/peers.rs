@@ -17,7 +17,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     if arguments.full {
         plan.extend([(Load::Rewriting, MEMORY_MB), (Load::Rate(1000), MEMORY_MB), (Load::Idle, 100)]);
     }
-    let runs = if arguments.full { 5 } else { 1 };
+    let runs = arguments.runs(1, 5);
     let mut figure = Figure::new("peers");
     note_versions(&mut figure, arguments.containerd)?;
     let stage = Stage::up("peers", arguments.containerd, None)?;
@@ -36,7 +36,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
 
 /// Runs the figure that compares native mode alone.
 pub(super) fn run_native(arguments: &Arguments) -> Result<()> {
-    let (runs, sizes): (_, &[u32]) = if arguments.full { (5, &[100, 512, 1024]) } else { (1, &[1024]) };
+    let runs = arguments.runs(1, 5);
+    let sizes: &[u32] = if arguments.full { &[100, 512, 1024] } else { &[1024] };
     let mut figure = Figure::new("native");
     note_versions(&mut figure, arguments.containerd)?;
     let stage = Stage::up("native", arguments.containerd, None)?;
@@ -68,7 +69,7 @@ pub(super) fn run_native(arguments: &Arguments) -> Result<()> {
 /// Runs the figure that shows a program which writes pages at random without rest, after a move by which pages come
 /// when it runs already.
 pub(super) fn run_access(arguments: &Arguments) -> Result<()> {
-    let runs = if arguments.full { 10 } else { 3 };
+    let runs = arguments.runs(3, 10);
     let mut figure = Figure::new("access");
     note_versions(&mut figure, arguments.containerd)?;
     let stage = Stage::up("access", arguments.containerd, None)?;

@@ -12,7 +12,7 @@ use crate::spread::Spread;
 
 /// Runs the figure.
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
-    let runs = if arguments.full { 5 } else { 1 };
+    let runs = arguments.runs(1, 5);
     let (sizes, rates): (&[u32], &[u32]) = if arguments.full {
         (&[100, 512, 1024, 2048, 3096], &[1000, 5000, 10_000, 20_000, 50_000, 100_000])
     } else {

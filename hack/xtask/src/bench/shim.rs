@@ -15,7 +15,7 @@ use crate::spread::Spread;
 
 /// Runs the figure.
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
-    let pairs = if arguments.full { 50 } else { 10 };
+    let pairs = arguments.runs(10, 50);
     let mut figure = Figure::new("shim");
     note_versions(&mut figure, arguments.containerd)?;
     let options = BedOptions { storage: Storage::Memory, ..BedOptions::for_test("bench-shim") };

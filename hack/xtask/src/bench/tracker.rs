@@ -24,7 +24,8 @@ use crate::figure::Figure;
 
 /// Runs the figure.
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
-    let (runs, sizes): (_, &[u32]) = if arguments.full { (5, &[100, 1024, 3096]) } else { (2, &[1024]) };
+    let runs = arguments.runs(2, 5);
+    let sizes: &[u32] = if arguments.full { &[100, 1024, 3096] } else { &[1024] };
     let mut figure = Figure::new("tracker");
     note_versions(&mut figure, arguments.containerd)?;
     for &memory_mb in sizes {
