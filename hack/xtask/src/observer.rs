@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use godwit_integration::workload::hold::count_of;
+
 /// A stretch in which the watched file did not grow.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Gap {
@@ -25,7 +27,7 @@ pub(crate) struct Gap {
 pub(crate) struct Seen {
     /// Stretches of at least [`GAP_MIN`] in which it did not grow, longest first.
     pub(crate) gaps: Vec<Gap>,
-    /// The number on its last line whenever it had grown, with the time from the start of the watch.
+    /// The number at the start of its last line whenever it had grown, with the time from the start of the watch.
     counts: Vec<(Duration, u64)>,
 }
 
@@ -92,11 +94,11 @@ fn watch(path: &Path, stop: &AtomicBool) -> Seen {
     seen
 }
 
-/// The number on the last whole line of the first `size` bytes.
+/// The number at the start of the last whole line of the first `size` bytes.
 fn last_number(text: &[u8], size: u64) -> Option<u64> {
     let text = text.get(..usize::try_from(size).ok()?)?;
     let line = text.rsplit(|byte| *byte == b'\n').nth(1)?;
-    std::str::from_utf8(line).ok()?.parse().ok()
+    count_of(std::str::from_utf8(line).ok()?)
 }
 
 /// How often the observer looks.

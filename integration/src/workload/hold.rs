@@ -2,7 +2,7 @@
 //!
 //! What benchmarks move. [`run`] holds the memory itself; [`beside`] ticks next to another program, so that one
 //! which writes nothing, or nothing regular, can be watched as well. A tick is a line on standard output about
-//! once a millisecond: how many pages have been written or read since the start.
+//! once a millisecond: how many pages have been written or read since the start, and the time in microseconds since 1970.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -10,7 +10,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -108,12 +108,19 @@ fn await_rest(pid: u32) {
     }
 }
 
+/// Returns what a tick has counted.
+#[must_use]
+pub fn count_of(tick: &str) -> Option<u64> {
+    tick.split(' ').next()?.parse().ok()
+}
+
 /// Writes a line about once a millisecond.
 fn tick(count: &AtomicU64) -> io::Result<()> {
     let mut output = io::stdout().lock();
     loop {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
         // In one write, so that a line is whole or not there.
-        output.write_all(format!("{}\n", count.load(Ordering::Relaxed)).as_bytes())?;
+        output.write_all(format!("{} {now}\n", count.load(Ordering::Relaxed)).as_bytes())?;
         output.flush()?;
         thread::sleep(TICK);
     }

@@ -7,6 +7,7 @@ mod by_hand;
 mod link;
 mod paper;
 mod peers;
+mod predump;
 mod scaling;
 mod shim;
 mod stage;
@@ -60,6 +61,8 @@ enum Name {
     Figure,
     /// Downtime in every mode, against ctr, runc with CRIU by hand, and CRIU's lazy pages.
     Peers,
+    /// Downtime by pre-copy, against CRIU's pre-dump and page server, on two emulated machines with soft-dirty bits.
+    Predump,
     /// A program that writes pages at random after a post-copy move, against CRIU's lazy pages.
     Access,
     /// Downtime and its parts against memory and against the rate at which it is written.
@@ -80,6 +83,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         Name::Native => peers::run_native(arguments),
         Name::Figure => paper::run(arguments),
         Name::Peers => peers::run(arguments),
+        Name::Predump => predump::run(arguments),
         Name::Access => peers::run_access(arguments),
         Name::Scaling => scaling::run(arguments),
         Name::Link => link::run(arguments),

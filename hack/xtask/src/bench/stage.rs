@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use godwit_integration::image::catalog::by_name;
 use godwit_integration::process::{output, wait_until};
+use godwit_integration::workload::hold::count_of;
 use godwit_integration::{Bed, BedOptions, Node, Storage, Version};
 use godwit_protocol::Report;
 use serde_json::{Value, json};
@@ -156,7 +157,7 @@ impl Running<'_> {
     pub(super) fn await_filled(&self, load: Load) -> Result<()> {
         let filled = || {
             let text = fs::read_to_string(&self.output).unwrap_or_default();
-            let count = text.lines().last().and_then(|line| line.parse::<u64>().ok()).unwrap_or(0);
+            let count = text.lines().last().and_then(count_of).unwrap_or(0);
             !text.is_empty() && (!load.is_counted() || count > 0)
         };
         if !wait_until(Duration::from_secs(120), filled) {

@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use godwit_integration::process::wait_until;
+use godwit_integration::workload::hold::count_of;
 use godwit_memory::tracker::{DirtyTracker, WpAsyncTracker};
 use serde_json::json;
 
@@ -147,7 +148,7 @@ impl Writer {
         let counter = Arc::clone(&count);
         thread::spawn(move || {
             for line in BufReader::new(output).lines().map_while(Result::ok) {
-                counter.store(line.parse().unwrap_or(0), Ordering::Relaxed);
+                counter.store(count_of(&line).unwrap_or(0), Ordering::Relaxed);
             }
         });
         let writer = Self { child, count };
