@@ -139,17 +139,6 @@ pub(super) fn by_runc(stage: &Stage, way: Way, load: Load, memory_mb: u32) -> Re
     moved
 }
 
-/// Why CRIU's pre-dump cannot take part, if it cannot.
-pub(super) fn pre_dump_obstacle(node: &Node) -> Option<String> {
-    let check = node.command(["criu", "check", "--feature", "mem_dirty_track"]).output();
-    match check {
-        Ok(output) if output.status.success() => {
-            Some("not part of this benchmark yet, though this kernel could (soft-dirty)".to_owned())
-        }
-        _ => Some("this kernel has no soft-dirty, which CRIU's pre-dump needs".to_owned()),
-    }
-}
-
 fn start(stage: &Stage, running: &Running<'_>, load: Load, memory_mb: u32) -> Result<()> {
     let none = [String::new(), String::new()];
     for node in [stage.bed.a(), stage.bed.b()] {

@@ -3,7 +3,7 @@
 use godwit_protocol::Mode;
 use serde_json::{Value, json};
 
-use super::by_hand::{Seen, Way, by_ctr, by_runc, pre_dump_obstacle};
+use super::by_hand::{Seen, Way, by_ctr, by_runc};
 use super::stage::{Load, Stage, Written, merged};
 use super::{Arguments, note_versions};
 use crate::Result;
@@ -21,7 +21,6 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let mut figure = Figure::new("peers");
     note_versions(&mut figure, arguments.containerd)?;
     let stage = Stage::up("peers", arguments.containerd, None)?;
-    figure.sum_up(&["skipped", "runc with criu pre-dump"], pre_dump_obstacle(stage.bed.a()))?;
     for run in 1..=runs {
         for &(load, memory_mb) in &plan {
             for contender in CONTENDERS {
