@@ -47,11 +47,7 @@ fn memory_moves_outside_a_lazy_dump_of_a_kernel_before_6_7() {
 
 fn moves_outside_criu(denials: &'static [Denial]) {
     Bed::with(&[Godwit], |bed| {
-        fs::copy(std::env::current_exe().unwrap(), bed.path("rootfs/bin/check")).unwrap();
-        bed.bundle("one", self_checking);
-        let one = bed.start(Godwit, "one");
-        let stored = Store::new(bed.path("root")).open("one").unwrap();
-        assert_checking(bed);
+        let (one, stored) = start_checking(bed);
 
         let Some((outcome, _)) = dump(bed, &stored, denials, "given-up", Decision::Rollback) else { return };
         assert_eq!(outcome.unwrap(), Outcome::RolledBack);
@@ -102,11 +98,7 @@ fn moves_outside_criu(denials: &'static [Denial]) {
 #[test]
 fn a_dump_that_rests_on_what_has_changed_is_refused_once() {
     Bed::with(&[Godwit], |bed| {
-        fs::copy(std::env::current_exe().unwrap(), bed.path("rootfs/bin/check")).unwrap();
-        bed.bundle("one", self_checking);
-        let one = bed.start(Godwit, "one");
-        let stored = Store::new(bed.path("root")).open("one").unwrap();
-        assert_checking(bed);
+        let (one, stored) = start_checking(bed);
         let dump = |images: &str, meanwhile: &dyn Fn()| {
             let ahead = Ahead::default();
             let options =
@@ -145,6 +137,16 @@ fn a_dump_that_rests_on_what_has_changed_is_refused_once() {
 fn images_bytes(bed: &Bed, images: &str) -> u64 {
     let files = fs::read_dir(bed.path(images)).unwrap();
     files.map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
+}
+
+/// Starts a container that checks its memory, and returns when it has.
+fn start_checking(bed: &Bed) -> (Container<'_>, Stored) {
+    fs::copy(std::env::current_exe().unwrap(), bed.path("rootfs/bin/check")).unwrap();
+    bed.bundle("one", self_checking);
+    let one = bed.start(Godwit, "one");
+    let stored = Store::new(bed.path("root")).open("one").unwrap();
+    assert_checking(bed);
+    (one, stored)
 }
 
 /// Changes a bundle so that it runs this program twice, beside a zombie.
