@@ -25,7 +25,9 @@ pub(super) fn cases() -> Vec<Case> {
         case!(auto_that_does_not_converge_gives_up_with_numbers).alone(),
         case!(auto_that_does_not_converge_goes_on_as_postcopy_where_allowed).alone(),
         case!(target_worker_killed_while_pages_are_missing_ends_the_container_and_says_so).alone(),
-        case!(source_worker_killed_while_pages_are_missing_ends_the_container_and_says_so).alone(),
+        case!(source_worker_killed_while_pages_are_missing_is_replaced).alone(),
+        case!(link_that_breaks_while_pages_are_missing_is_opened_again).alone(),
+        case!(network_that_is_away_while_pages_are_missing_is_awaited).alone().slow(),
         case!(target_worker_killed_while_filling_loses_no_page_unnoticed).alone(),
     ]
 }
@@ -131,8 +133,56 @@ fn target_worker_killed_while_pages_are_missing_ends_the_container_and_says_so(s
     is_ended_in_postcopy(stage, |id| kill(&stage.b, &["godwit", "migrate-target", id]))
 }
 
-fn source_worker_killed_while_pages_are_missing_ends_the_container_and_says_so(stage: &Stage) -> Outcome {
-    is_ended_in_postcopy(stage, |id| kill(&stage.a, &["godwit", "migrate-source", id]))
+fn source_worker_killed_while_pages_are_missing_is_replaced(stage: &Stage) -> Outcome {
+    is_whole_after_postcopy(stage, |id| {
+        // A worker that is not found has done its work.
+        Ok(kill(&stage.a, &["godwit", "migrate-source", id]).is_ok())
+    })
+}
+
+/// Every connection is reset, at one end or the other, some times.
+fn link_that_breaks_while_pages_are_missing_is_opened_again(stage: &Stage) -> Outcome {
+    is_whole_after_postcopy(stage, |_| {
+        for site in [&stage.a, &stage.b, &stage.a] {
+            let cut = Rule::of(site, "out", "reject with tcp reset")?;
+            std::thread::sleep(Duration::from_millis(300));
+            drop(cut);
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        Ok(true)
+    })
+}
+
+/// For longer than TCP waits for an answer.
+fn network_that_is_away_while_pages_are_missing_is_awaited(stage: &Stage) -> Outcome {
+    is_whole_after_postcopy(stage, |_| {
+        let away = [Rule::of(&stage.a, "in", "drop")?, Rule::of(&stage.b, "in", "drop")?];
+        std::thread::sleep(Duration::from_secs(40));
+        drop(away);
+        Ok(true)
+    })
+}
+
+/// Claims that a container which is disturbed while it lacks pages has them all in the end, each once.
+///
+/// On a busy machine the last page may have come before: then another one is disturbed.
+fn is_whole_after_postcopy(stage: &Stage, disturb: impl Fn(&str) -> Result<bool, Trouble>) -> Outcome {
+    for _ in 0..ATTEMPTS {
+        let (container, before, _) = big(stage)?;
+        let there = Container::adopt(&stage.b, container.id());
+        let slow = Shaped::link(stage, SLOWER)?;
+        let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Postcopy, &[])?;
+        let disturbed = await_resumed(&mut job, BIG, &there)? && disturb(container.id())?;
+        drop(slow);
+        let answer = answer(job)?.moved()?;
+        BIG.assert_whole(&there, &before)?;
+        let twice = answer.number("pages.duplicate");
+        assert!(twice.is_none_or(|pages| pages == 0.0), "{twice:?} pages came twice");
+        if disturbed {
+            return Ok(());
+        }
+    }
+    Err(missing("a migration that still lacks pages"))
 }
 
 /// Without the pages it misses, a container can neither go on nor go back: it has to be ended, at both ends, and
@@ -307,6 +357,35 @@ impl Drop for Shaped<'_> {
     }
 }
 
+/// A rule for a node's traffic with the other one, until it is dropped.
+struct Rule<'a> {
+    site: &'a Site,
+}
+
+impl<'a> Rule<'a> {
+    /// For what comes `in` or goes `out`.
+    fn of(site: &'a Site, direction: &str, verdict: &str) -> Result<Self, Trouble> {
+        let rule = Self { site };
+        let commands = format!(
+            "add table inet {TABLE}; \
+             add chain inet {TABLE} rules {{ type filter hook {direction}put priority 0; }}; \
+             add rule inet {TABLE} rules {}ifname {LINK} meta l4proto tcp {verdict}",
+            &direction[..1]
+        );
+        site.command(&["nft", &commands])?.ok()?;
+        Ok(rule)
+    }
+}
+
+impl Drop for Rule<'_> {
+    fn drop(&mut self) {
+        // Where that fails, the case does.
+        drop(self.site.command(&["nft", "delete", "table", "inet", TABLE]));
+    }
+}
+
+/// What a node's rules are in.
+const TABLE: &str = "godwit_cases";
 /// How many migrations are begun until one is disturbed in time.
 const ATTEMPTS: u32 = 3;
 /// What a node's end of the link is called.

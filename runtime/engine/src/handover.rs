@@ -4,6 +4,7 @@
 //! worker ──connects to the incoming task's unix socket──► agent
 //! agent  ──u32 length, with the TCP socket attached, then JSON──► worker      the main link
 //! agent  ──the same, for each page stream that joins later──────► worker
+//! agent  ──the same, for a main link in the place of a broken one► worker
 //! ```
 //! The worker says nothing; the agent keeps its end open and reads its end of file as "the worker is gone". What
 //! the worker decided is in the record (`crate::decision`).
@@ -79,9 +80,18 @@ pub enum HandoverError {
 #[derive(Debug)]
 pub struct AgentEnd(UnixStream);
 
-/// What the worker takes the page streams from that join after the main link.
+/// What the worker takes the links from that come after the main link.
 #[derive(Debug)]
 pub struct Streams(UnixStream);
+
+/// A link that comes after the main link.
+#[derive(Debug)]
+pub enum Later {
+    /// A page stream.
+    Stream(JoinedStream),
+    /// The main link, in the place of one that broke.
+    Main(Link),
+}
 
 /// A page stream that has joined.
 #[derive(Debug)]
@@ -92,12 +102,18 @@ pub struct JoinedStream {
     pub link: Link,
 }
 
-/// What the agent tells of a page stream.
+/// What the agent tells of a link that comes after the main link.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-struct StreamGiven {
-    /// The number of a bulk stream; none for the fault stream.
-    bulk: Option<u8>,
+struct LaterGiven {
+    what: What,
     link: LinkState,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+enum What {
+    Bulk(u8),
+    Fault,
+    Main,
 }
 
 /// Gives `link` to the worker at the other end of `worker`.
@@ -114,11 +130,23 @@ pub fn give(worker: &UnixStream, link: Link, handover: Handover) -> Result<(), H
 /// # Errors
 /// [`HandoverError`]; the link is then closed on this side, and nothing more can be given.
 pub fn give_stream(worker: &UnixStream, stream: StreamId, link: Link) -> Result<(), HandoverError> {
-    let bulk = match stream {
-        StreamId::Bulk(index) => Some(index),
-        StreamId::Fault => None,
+    let what = match stream {
+        StreamId::Bulk(index) => What::Bulk(index),
+        StreamId::Fault => What::Fault,
     };
-    let given = StreamGiven { bulk, link: link.state() };
+    give_later(worker, what, link)
+}
+
+/// Gives a main link to the worker whose own broke. One at a time, as with page streams.
+///
+/// # Errors
+/// As [`give_stream`].
+pub fn give_again(worker: &UnixStream, link: Link) -> Result<(), HandoverError> {
+    give_later(worker, What::Main, link)
+}
+
+fn give_later(worker: &UnixStream, what: What, link: Link) -> Result<(), HandoverError> {
+    let given = LaterGiven { what, link: link.state() };
     send(worker, link, &given)
 }
 
@@ -166,7 +194,7 @@ fn receive(mut agent: &UnixStream) -> Result<(TcpStream, Vec<u8>), HandoverError
 }
 
 impl AgentEnd {
-    /// Returns what takes the page streams that join.
+    /// Returns what takes the links that come later.
     ///
     /// # Errors
     /// [`HandoverError::Broken`] without a descriptor left.
@@ -184,27 +212,31 @@ impl Drop for AgentEnd {
 }
 
 impl Streams {
-    /// Takes streams from this connection to an agent.
+    /// Takes links from this connection to an agent.
     #[cfg(test)]
     pub(crate) const fn of(agent: UnixStream) -> Self {
         Self(agent)
     }
 
-    /// Waits for the next page stream; `None` when the agent, or this worker, has ended the connection.
+    /// Waits for the next link; `None` when the agent, or this worker, has ended the connection.
     ///
     /// # Errors
     /// [`HandoverError`]; nothing more can be taken then.
-    pub fn take(&mut self) -> Result<Option<JoinedStream>, HandoverError> {
-        // Between two streams any time may pass.
+    pub fn take(&mut self) -> Result<Option<Later>, HandoverError> {
+        // Between two links any time may pass.
         self.0.set_read_timeout(None)?;
         let (socket, json) = match receive(&self.0) {
             Err(HandoverError::Socket(SysError::Closed)) => return Ok(None),
             received => received?,
         };
-        let StreamGiven { bulk, link } =
+        let LaterGiven { what, link } =
             serde_json::from_slice(&json).map_err(|error| malformed(error.to_string()))?;
-        let stream = bulk.map_or(StreamId::Fault, StreamId::Bulk);
-        Ok(Some(JoinedStream { stream, link: Link::resume(socket, link)? }))
+        let link = Link::resume(socket, link)?;
+        Ok(Some(match what {
+            What::Bulk(index) => Later::Stream(JoinedStream { stream: StreamId::Bulk(index), link }),
+            What::Fault => Later::Stream(JoinedStream { stream: StreamId::Fault, link }),
+            What::Main => Later::Main(link),
+        }))
     }
 }
 
@@ -236,10 +268,12 @@ mod tests {
             link.send(&Message::Ready { room_bytes: 1 }).unwrap();
             let mut streams = agent.streams().unwrap();
             for expected in [StreamId::Bulk(3), StreamId::Fault] {
-                let mut joined = streams.take().unwrap().unwrap();
+                let Some(Later::Stream(mut joined)) = streams.take().unwrap() else { panic!("no stream") };
                 assert_eq!(joined.stream, expected);
                 assert_eq!(joined.link.receive().unwrap(), Message::StreamMark { round: 7 });
             }
+            let Some(Later::Main(mut link)) = streams.take().unwrap() else { panic!("no main link") };
+            assert_eq!(link.receive().unwrap(), Message::StreamMark { round: 7 });
             (handover, agent, streams)
         });
         let tcp = TcpListener::bind(("127.0.0.1", 0)).unwrap();
@@ -249,7 +283,7 @@ mod tests {
             link.send(&Message::Commit).unwrap();
             link.send(&Message::BlobsEnd).unwrap();
             assert_eq!(link.receive().unwrap(), Message::Ready { room_bytes: 1 });
-            for _ in 0..2 {
+            for _ in 0..3 {
                 let mut link = Link::connect("127.0.0.1", address.port()).unwrap();
                 link.send(&Message::Received).unwrap();
                 link.send(&Message::StreamMark { round: 7 }).unwrap();
@@ -274,6 +308,9 @@ mod tests {
             assert_eq!(link.receive().unwrap(), Message::Received);
             give_stream(&connection, stream, link).unwrap();
         }
+        let mut link = Link::accept(tcp.accept().unwrap().0).unwrap();
+        assert_eq!(link.receive().unwrap(), Message::Received);
+        give_again(&connection, link).unwrap();
         source.join().unwrap();
         let (taken, held, mut streams) = worker.join().unwrap();
         assert_eq!(taken, handover);

@@ -39,6 +39,7 @@ use godwit_protocol::wire::pages::StreamId;
 
 pub use self::receiver::{Arrivals, PageReceiver};
 pub use self::serve::Served;
+pub(crate) use self::share::{frames, range, sorted};
 pub use self::streams::{PageStreams, RoundSent, StreamsBreaker};
 use crate::link::LinkError;
 
@@ -113,14 +114,6 @@ pub enum PagesError {
         round: u32,
         /// What had been.
         before: u32,
-    },
-    /// A page is missed, and there is no stream to ask for it.
-    #[error("page {address:x} of process {space} is missed, but there is no fault stream")]
-    NoFaultStream {
-        /// Whose.
-        space: i32,
-        /// Which page.
-        address: u64,
     },
 }
 

@@ -5,7 +5,7 @@
 //! bulk threads   ──► blobs; live pass; final pass and images            │
 //! memory thread  ──► scans, rounds, the plan, pages that are missed     │
 //! dump thread    ──► CRIU ──► Dumped … waits for the verdict            │
-//! ask thread     ──► the agent's answer about the fate                  ▼
+//! ask thread     ──► the agent's answer about the fate, or a new link   ▼
 //! commands ──► Cancel, Release ──────────────────────────────► one loop: protocol::Source
 //!                 link, container, threads, events for the shim ◄───────┘ actions
 //! ```
@@ -26,6 +26,7 @@ mod listen;
 mod memory;
 mod pending;
 mod progress;
+mod rejoin;
 mod tell;
 mod work;
 mod worker;

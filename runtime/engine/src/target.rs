@@ -4,6 +4,7 @@
 //! ```text
 //! receive thread: link ──► rootfs, images ──► Applied, Complete, Commit, Abort … ─┐
 //! restore thread: CRIU ──► Held, Running, Failed ────────────────────────────────┼─► this loop: protocol::Target
+//! page receiver: streams ──► RoundComplete, Arrived; another main link ──► Rejoined ─┤
 //! this loop's own: Recorded, Undone, Deadline ───────────────────────────────────┘        │ actions
 //!                 link, record, restore thread, events for the shim ◄─────────────────────┘
 //! ```
@@ -14,6 +15,7 @@
 
 mod criu;
 mod images;
+mod main_link;
 mod memory;
 mod receive;
 mod restore;
@@ -25,6 +27,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
+use godwit_memory::PageSet;
 use godwit_memory::fault::MemoryStore;
 use godwit_protocol::fate::Decision;
 use godwit_protocol::request::Images as Place;
@@ -35,6 +38,7 @@ use godwit_protocol::{Failure, Mode, worker};
 
 pub use self::criu::{CriuRestorer, abilities};
 use self::images::Images;
+use self::main_link::MainLink;
 use self::memory::Memory;
 use self::receive::Receiver as LinkReceiver;
 use self::restore::Restoring;
@@ -43,7 +47,8 @@ use crate::clock::Clock;
 use crate::decision::{DecisionError, Record, WorkerAlive};
 use crate::handover::{self, Handover, HandoverError};
 use crate::image_dir::{self, ImageDir};
-use crate::link::{Breaker, SendHalf};
+use crate::link::SendHalf;
+use crate::pages::frames;
 use crate::text::causes;
 use crate::usage::Usage;
 use crate::warden::Warden;
@@ -146,25 +151,24 @@ pub fn run(
     let alive = record.work()?;
     let room_bytes = images_max(&handover).min(image_dir::room_bytes());
     let images = ImageDir::make(handover.images, room_bytes).map_err(TargetError::Images)?;
-    let (send, receive) = link.split();
+    let (main, send, receive, reading) = MainLink::over(link);
     let (tell, events) = channel();
     let memory = match handover.streams {
         Some(bulk_count) => {
             let tell = tell.clone();
             // A machine that has ended does not care.
             let tell = move |event| drop(tell.send(event));
-            let store = match handover.images {
-                Place::Cache => MemoryStore::new(room_bytes),
-                Place::Disk => MemoryStore::on_storage(images.path(), room_bytes),
-            };
-            let store = store.map_err(|error| TargetError::Memory(error.into()))?;
-            if (handover.mode, handover.images) == (Mode::Native, Place::Cache) {
-                // All pages come in the freeze, and to find memory for a page takes longer than to receive it.
-                store.take_ahead(handover.needs.memory_bytes);
-            }
+            let store = store(&handover, &images, room_bytes)?;
             let warden = restorer.warden().map(Warden::start).transpose().map_err(TargetError::Warden)?;
-            let received =
-                Memory::receive(agent.streams()?, bulk_count, store, handover.images, warden, tell);
+            let received = Memory::receive(
+                agent.streams()?,
+                bulk_count,
+                store,
+                handover.images,
+                warden,
+                main.clone(),
+                tell,
+            );
             Some(received.map_err(TargetError::Memory)?)
         }
         None => None,
@@ -172,9 +176,6 @@ pub fn run(
     let gate = memory.as_ref().map(Memory::gate);
     let receiver =
         LinkReceiver::new(receive, order.rootfs.clone(), Images::into_directory(images.path()), gate);
-    let breaker = send.breaker();
-    // Carries nothing: it ends with the thread that reads.
-    let (reading, link_ended) = channel();
     let teller = tell.clone();
     let body = move || {
         receiver.run(|event| teller.send(event).is_ok());
@@ -187,6 +188,7 @@ pub fn run(
         record: &record,
         images: &images,
         room_bytes,
+        main,
         send,
         tell,
         restoring: None,
@@ -196,11 +198,12 @@ pub fn run(
         _alive: alive,
     };
     let end = worker.work(&events);
+    let main = worker.main.clone();
     drop(worker);
     match end {
         End::Resumed { pid } => Ok(pid),
         End::Failed(failure) => {
-            take_leave(&breaker, &link_ended);
+            main.take_leave();
             // The agent reads the end of this connection as the end of the worker.
             drop(agent);
             Err(failure.into())
@@ -208,15 +211,18 @@ pub fn run(
     }
 }
 
-/// Ends a link whose last word has to arrive.
-///
-/// A socket that is closed while the peer's data waits in it is reset, and a reset takes from the peer what it has
-/// not read yet. So this end only stops sending, and the thread that reads goes on until the source has closed
-/// its own.
-fn take_leave(breaker: &Breaker, link_ended: &Receiver<()>) {
-    breaker.stop_sending();
-    link_ended.recv_timeout(LEAVE_MAX).ok();
-    breaker.break_link();
+/// Makes what pages wait in until they are in their tasks.
+fn store(handover: &Handover, images: &ImageDir, room_bytes: u64) -> Result<MemoryStore, TargetError> {
+    let store = match handover.images {
+        Place::Cache => MemoryStore::new(room_bytes),
+        Place::Disk => MemoryStore::on_storage(images.path(), room_bytes),
+    };
+    let store = store.map_err(|error| TargetError::Memory(error.into()))?;
+    if (handover.mode, handover.images) == (Mode::Native, Place::Cache) {
+        // All pages come in the freeze, and to find memory for a page takes longer than to receive it.
+        store.take_ahead(handover.needs.memory_bytes);
+    }
+    Ok(store)
 }
 
 /// Bounds the memory that images may take: what the source says it needs, half as much again for state that is no
@@ -232,6 +238,8 @@ struct Worker<'w, C, R> {
     record: &'w Record,
     images: &'w ImageDir,
     room_bytes: u64,
+    main: MainLink,
+    /// The sending half of the main link.
     send: SendHalf,
     tell: Sender<Event>,
     restoring: Option<Restoring>,
@@ -297,8 +305,7 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
                     memory.stop();
                 }
             }
-            // There is no way for the source to come back yet: see its `rejoin`.
-            Action::SendLacking => {}
+            Action::SendLacking => self.rejoin(),
             Action::Destroy => self.destroy(),
             Action::Undo { tell } => self.undo(tell),
             Action::ReportFailed { failure } => {
@@ -340,6 +347,32 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
             Ok(restoring) => self.restoring = Some(restoring),
             Err(error) => self.tell(Event::Failed { cause: format!("no thread can be started: {error}") }),
         }
+    }
+
+    /// Takes the new link, and says over it what is lacking. Without one it was taken already, for a word that came
+    /// before this one.
+    fn rejoin(&mut self) {
+        let (Some(memory), Some((send, receive, reading))) = (&self.memory, self.main.take()) else { return };
+        self.send = send;
+        let tell = self.tell.clone();
+        let body = move || {
+            receive::until_the_end(receive, |event| drop(tell.send(event)));
+            drop(reading);
+        };
+        if let Err(error) = thread::Builder::new().name("receive".to_owned()).spawn(body) {
+            return self.tell(Event::LinkLost { cause: format!("no thread can be started: {error}") });
+        }
+        let lacking = memory.reopen();
+        log::info!(
+            migration = self.handover.migration.as_str(), side = "target";
+            "the source is back: {} pages are lacking", lacking.values().map(PageSet::pages).sum::<u64>()
+        );
+        for (space, pages) in &lacking {
+            for runs in frames(pages) {
+                self.say(&Message::Lacking { space: *space, runs });
+            }
+        }
+        self.say(&Message::LackingEnd);
     }
 
     fn report_resumed(&mut self, pid: i32) {
@@ -426,6 +459,3 @@ const STATE_BYTES_MAX: u64 = 512 << 20;
 /// How often the last step of the record is tried, and how long after one another.
 const LAST_STEP_TRIES: u32 = 10;
 const LAST_STEP_PAUSE: Duration = Duration::from_millis(100);
-
-/// Time for the source to read the last word and close its end.
-const LEAVE_MAX: Duration = Duration::from_secs(2);

@@ -57,7 +57,7 @@ use crate::{MemoryError, PageSet, Result};
 
 pub use handover::SOCKET_NAME;
 pub use latency::Latency;
-pub use ledger::{Arrived, Claim, Ledger, State};
+pub use ledger::{Arrived, Claim, Lacking, Ledger, State};
 pub use server::{FaultConfig, FaultServer, Progress, prefer_this_thread};
 pub use store::MemoryStore;
 
@@ -137,11 +137,9 @@ pub struct SpacePlan {
 pub trait Requester: Send + Sync {
     /// Asks for `pages` of `space`, which somebody waits for; [`FaultServer::bring`] is called when they come, or
     /// [`FaultServer::arrived`] when they are in the source. May not wait for them, nor for anything long: faults are
-    /// answered by the same thread.
-    ///
-    /// # Errors
-    /// Why they cannot be asked for. Who waits for them goes on waiting, for they may come unasked.
-    fn request(&self, space: i32, pages: PageRange) -> Result<()>;
+    /// answered by the same thread. Where nobody can be asked now, [`FaultServer::lacking`] tells later what is to be
+    /// asked for again.
+    fn request(&self, space: i32, pages: PageRange);
 
     /// Nothing of `space` is needed any more: it is complete, or has exited.
     fn finished(&self, space: i32);

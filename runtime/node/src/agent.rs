@@ -5,7 +5,7 @@
 //!                                  blobs ──► image, snapshot, record, task (Arrival)
 //!                                  task's worker connects ──► the link is handed to it
 //!                                  task has started, or not ──► settled as the migration's record says
-//!                       JoinStream ──► handed to the worker of its migration
+//!                       JoinStream, Rejoin ──► handed to the worker of its migration
 //!                       FateQuery ──► the record's answer
 //! ```
 //! One thread a connection, at most [`CONNECTIONS_MAX`] of them; every wait has a limit, every size from the peer

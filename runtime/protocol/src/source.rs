@@ -331,11 +331,13 @@ pub enum Action {
     /// Give the target all pages it lacks. Those that it asks for it gets since `Dump`: CRIU's restore misses some, too.
     Serve,
     /// Close link and streams, so that a target that lacks pages does not wait for this side in vain. Then ask the
-    /// target's agent, after a pause, and if it says `Filling` and pages are left here, open link and streams
-    /// again and learn what the target lacks, if that can be done. Answered by `Rejoined`, `Answered` or `AskFailed`.
+    /// target's agent, after a pause, and if it says `Filling` and `reopen` is wanted, open link and streams again
+    /// and learn what the target lacks. Answered by `Rejoined`, `Answered` or `AskFailed`.
     Rejoin {
         /// How long to wait before.
         pause: Duration,
+        /// Whether pages are left here that can be given.
+        reopen: bool,
     },
     /// Let CRIU kill the tasks, or kill them without it; there is no way back. Answered by `Killed`.
     Kill,
@@ -403,6 +405,8 @@ pub const FILL_MAX: Duration = Duration::from_secs(300);
 pub const REJOIN_MAX: Duration = Duration::from_secs(600);
 /// Pause between two questions.
 pub const ASK_PAUSE: Duration = Duration::from_millis(500);
+/// How often pages are given, if that fails on this side.
+pub const SERVE_TRIES: u32 = 10;
 /// Time that the client has to fetch the report before the source is cleaned up.
 pub const RELEASE_MAX: Duration = Duration::from_secs(10);
 
@@ -474,12 +478,6 @@ impl Source {
     #[must_use]
     pub const fn expected_downtime(&self) -> Option<Duration> {
         self.course.expected
-    }
-
-    /// Tells whether pages are left here when the container runs on the target.
-    #[must_use]
-    pub const fn leaves_pages(&self) -> bool {
-        self.course.leaves_pages()
     }
 
     /// Returns how it ended, once it has.

@@ -224,9 +224,9 @@ pub const COPY_ROOTFS_MAX: Duration = Duration::from_secs(7200);
 pub const RECEIVE_MAX: Duration = Duration::from_secs(7200);
 /// Time for CRIU to restore.
 pub const RESTORE_MAX: Duration = Duration::from_secs(300);
-/// Time for which the source is awaited while tasks lack pages that only it has. Short: tasks that miss one sleep, and
-/// a source that can be reached is back at once or not at all.
-pub const STRANDED_MAX: Duration = Duration::from_secs(10);
+/// Time for which the source is awaited while tasks lack pages that only it has. Tasks that miss one sleep, but a
+/// container that sleeps can still be had back, and a network is repaired, or a worker replaced, within it.
+pub const STRANDED_MAX: Duration = Duration::from_secs(120);
 /// Time for the source to answer that the container is held.
 pub const HOLD_MAX: Duration = Duration::from_secs(60);
 

@@ -2,9 +2,13 @@
 //!
 //! ```text
 //! agent ──► take thread ── joined stream ──► stream thread ── Pages ──► on_pages
-//!                                                 │           Zero, Absent ► on_zero
-//!                                                 └────────── StreamMark ─► on_mark, once all streams have it
+//!                │                                │           Zero, Absent ► on_zero
+//!                │                                └────────── StreamMark ─► on_mark, once all streams have it
+//!                └── another main link ──► hush ──► on_main ─► (its owner) reopen
 //! ```
+//! Streams that broke are followed by others when the source is back: those before are hushed, with their threads at
+//! an end, before anybody hears of it, and new ones are taken from [`PageReceiver::reopen`] on.
+//!
 //! Locks: the marks are held while `on_mark` is called, so that rounds are told in order; nothing else is held while
 //! another's code runs.
 
@@ -13,15 +17,15 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use godwit_memory::fault::prefer_this_thread;
-use godwit_memory::{PageRange, Result as MemoryResult};
+use godwit_memory::{PageRange, PageSet, Result as MemoryResult};
 use godwit_protocol::wire::Message;
 use godwit_protocol::wire::pages::{BULK_STREAMS_MAX, ROUND_LAST, Run, StreamId};
 
 use super::PagesError;
 use super::share;
 use super::streams::lock;
-use crate::handover::{JoinedStream, Streams};
-use crate::link::{Breaker, LinkError, ReceiveHalf, SendHalf};
+use crate::handover::{JoinedStream, Later, Streams};
+use crate::link::{Breaker, Link, LinkError, ReceiveHalf, SendHalf};
 
 /// Who gets what comes; from the streams' threads, which wait meanwhile.
 pub trait Arrivals: Send + Sync {
@@ -40,8 +44,15 @@ pub trait Arrivals: Send + Sync {
     /// As [`Arrivals::on_pages`].
     fn on_zero(&self, space: i32, pages: PageRange) -> MemoryResult<()>;
 
-    /// The streams are broken, once.
+    /// The streams are broken; once, until they are opened again.
     fn on_error(&self, error: PagesError);
+
+    /// The source is back over another main link. The streams there were have ended, and nothing more comes of them.
+    fn on_main(&self, link: Link);
+
+    /// Returns the pages that tasks wait for, and that were asked for. Asked before a fault stream is used that takes the
+    /// place of another.
+    fn waited_for(&self) -> Vec<(i32, PageSet)>;
 }
 
 /// Receives the pages of one migration. Stopped on drop, which waits for the threads (except, when it is dropped by
@@ -93,10 +104,14 @@ impl PageReceiver {
         // Ends with the worker's connection to the agent, so nobody waits for it.
         let body = move || loop {
             match streams.take() {
-                Ok(Some(joined)) => {
+                Ok(Some(Later::Stream(joined))) => {
                     if let Err(error) = taking.join(joined) {
                         taking.fail(error);
                     }
+                }
+                Ok(Some(Later::Main(link))) => {
+                    taking.hush();
+                    taking.arrivals.on_main(link);
                 }
                 Ok(None) => return,
                 Err(error) => return taking.fail(error.into()),
@@ -106,20 +121,19 @@ impl PageReceiver {
         Ok(Self { shared })
     }
 
-    /// Asks the source for pages that a task waits for. They come as all pages do.
-    ///
-    /// # Errors
-    /// [`PagesError::NoFaultStream`], [`PagesError::Link`].
-    pub fn request(&self, space: i32, pages: PageRange) -> Result<(), PagesError> {
-        let mut requests = lock(&self.shared.requests);
-        let Some(link) = requests.as_mut() else {
-            return Err(PagesError::NoFaultStream { space, address: pages.start() });
-        };
-        for run in share::runs(pages) {
-            let sent = link.send(&Message::PageRequest { space, run });
-            sent.map_err(|source| PagesError::Link { stream: StreamId::Fault, source })?;
-        }
-        Ok(())
+    /// Asks the source for pages that a task waits for, which come as all pages do; returns whether it could be asked.
+    /// If not, the next fault stream begins with what is [`Arrivals::waited_for`].
+    pub fn request(&self, space: i32, pages: PageRange) -> bool {
+        self.shared.request(space, pages)
+    }
+
+    /// Takes new streams in the place of those that ended.
+    pub fn reopen(&self) {
+        let Shared { bulk_count, streams, marks, over, .. } = &*self.shared;
+        let mut joined = lock(streams);
+        *joined = Joined::default();
+        *lock(marks) = Marks::of(*bulk_count);
+        over.store(false, Ordering::Relaxed);
     }
 
     /// Returns the bytes of contents received so far.
@@ -137,13 +151,7 @@ impl PageReceiver {
 
 impl Drop for PageReceiver {
     fn drop(&mut self) {
-        self.stop();
-        let threads = std::mem::take(&mut lock(&self.shared.streams).threads);
-        for thread in threads {
-            if thread.thread().id() != thread::current().id() && thread.join().is_err() {
-                log::error!("a thread that receives pages panicked");
-            }
-        }
+        self.shared.hush();
     }
 }
 
@@ -160,6 +168,32 @@ impl std::fmt::Debug for PageReceiver {
 }
 
 impl Shared {
+    /// Ends all streams, of which nothing is told any more, and waits for their threads.
+    fn hush(&self) {
+        self.over.store(true, Ordering::Relaxed);
+        self.break_links();
+        *lock(&self.requests) = None;
+        let threads = std::mem::take(&mut lock(&self.streams).threads);
+        for thread in threads {
+            if thread.thread().id() != thread::current().id() && thread.join().is_err() {
+                log::error!("a thread that receives pages panicked");
+            }
+        }
+    }
+
+    fn request(&self, space: i32, pages: PageRange) -> bool {
+        let mut requests = lock(&self.requests);
+        let asked = requests.as_mut().is_some_and(|link| {
+            let mut sent = share::runs(pages).map(|run| link.send(&Message::PageRequest { space, run }));
+            sent.all(|sent| sent.is_ok())
+        });
+        if !asked {
+            // The thread that reads from it says so.
+            *requests = None;
+        }
+        asked
+    }
+
     /// Starts a thread for a stream that is due.
     fn join(self: &Arc<Self>, JoinedStream { stream, link }: JoinedStream) -> Result<(), PagesError> {
         let mut joined = lock(&self.streams);
@@ -191,6 +225,14 @@ impl Shared {
         let thread =
             thread::Builder::new().name(super::name(stream)).spawn(body).map_err(PagesError::Thread)?;
         joined.threads.push(thread);
+        drop(joined);
+        if stream == StreamId::Fault {
+            // What is missed from here on is asked for by whoever misses it.
+            for (space, pages) in self.arrivals.waited_for() {
+                // If this one breaks as well, it is the next one's to ask.
+                pages.ranges().iter().all(|range| self.request(space, *range));
+            }
+        }
         Ok(())
     }
 

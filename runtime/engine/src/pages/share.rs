@@ -41,7 +41,7 @@ pub(super) fn within(set: &PageSet, window: PageRange) -> impl Iterator<Item = P
 }
 
 /// The set as lists of runs that fit a frame each.
-pub(super) fn frames(set: &PageSet) -> impl Iterator<Item = Vec<Run>> {
+pub(crate) fn frames(set: &PageSet) -> impl Iterator<Item = Vec<Run>> {
     set.ranges().chunks(RUNS_MAX / 2).flat_map(|ranges| {
         // A range of more pages than a run can name is some runs; two lists of runs per chunk of ranges are more
         // than enough for all that a process can have.
@@ -60,8 +60,14 @@ pub(super) fn runs(range: PageRange) -> impl Iterator<Item = Run> {
 }
 
 /// The pages of a run; none of one that decoding would have refused.
-pub(super) fn range(run: Run) -> Option<PageRange> {
+pub(crate) fn range(run: Run) -> Option<PageRange> {
     PageRange::new(run.start, run.start.checked_add(u64::from(run.pages) * godwit_memory::PAGE_BYTES)?)
+}
+
+/// The set of ranges that are in no order.
+pub(crate) fn sorted(mut ranges: Vec<PageRange>) -> PageSet {
+    ranges.sort_unstable_by_key(|range| range.start());
+    ranges.into_iter().collect()
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use godwit_protocol::wire::Message;
 use godwit_protocol::wire::pages::{BULK_STREAMS_MAX, ROUND_LAST, StreamId};
 
 use super::sender::{self, Contents, Sender};
-use super::share::share;
+use super::share::{share, sorted};
 use super::{PagesError, SpaceWork};
 use crate::link::{Breaker, Link, LinkError, ReceiveHalf};
 
@@ -249,11 +249,6 @@ impl StreamsBreaker {
     fn break_links(&self) {
         self.links.iter().for_each(Breaker::break_link);
     }
-}
-
-fn sorted(mut ranges: Vec<godwit_memory::PageRange>) -> PageSet {
-    ranges.sort_unstable_by_key(|range| range.start());
-    ranges.into_iter().collect()
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

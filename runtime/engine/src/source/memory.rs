@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! orders: open ─► (scan ─► round)… ─► cut ─► serve or finish ─► (ends with its owner)
-//!                                       │
+//!                                       │      ▲ reopen: after the link was lost, or in the place of a dead worker
 //!    frozen: final scan, hide all of it from CRIU ──► the dump may begin
 //!                            rest of the pages, or none ──► plan on the main link ──► the state may end
 //! ```
@@ -58,6 +58,11 @@ enum Order {
         link: BulkLink,
         hidden: Sender<()>,
         planned: Sender<()>,
+        begin_push: Receiver<()>,
+    },
+    Reopen {
+        streams: Arc<PageStreams>,
+        lacking: BTreeMap<i32, PageSet>,
         begin_push: Receiver<()>,
     },
     Finish,
@@ -152,7 +157,15 @@ impl Memory {
         Cut { hidden, planned }
     }
 
-    /// Sends all pages that were left here.
+    /// Takes other streams for what the target lacks.
+    pub(super) fn reopen(&mut self, streams: &Arc<PageStreams>, lacking: BTreeMap<i32, PageSet>) {
+        self.opened(streams);
+        let (push, begin_push) = channel();
+        self.push = Some(push);
+        self.order(Order::Reopen { streams: Arc::clone(streams), lacking, begin_push });
+    }
+
+    /// Sends all pages that were left here, or that the target lacks.
     pub(super) fn serve(&self) {
         match &self.push {
             // A thread that has ended has said why.
@@ -218,6 +231,9 @@ impl Follower {
                 Order::Cut { leave_pages, link, hidden, planned, begin_push } => {
                     let cut = self.cut(leave_pages, &link, &hidden).and_then(|()| Ok(planned.send(())?));
                     cut.and_then(|()| if leave_pages { self.serve(&begin_push) } else { Ok(()) })
+                }
+                Order::Reopen { streams, lacking, begin_push } => {
+                    self.reopen(streams, lacking).and_then(|()| self.serve(&begin_push))
                 }
                 Order::Finish => self.streams().and_then(|streams| Ok(streams.finish()?)),
             };
@@ -339,6 +355,28 @@ impl Follower {
             }
         }
         Ok(())
+    }
+
+    /// The tasks are frozen: whatever the target lacks of them is what it would have got before.
+    fn reopen(
+        &mut self,
+        streams: Arc<PageStreams>,
+        mut lacking: BTreeMap<i32, PageSet>,
+    ) -> Result<(), Cause> {
+        self.streams = Some(streams);
+        self.remote.clear();
+        for pid in self.tasks.processes()? {
+            let space = maps::space(pid)?;
+            if let Some(dirty) = lacking.remove(&space) {
+                self.remote.push(SpaceWork { space, pid, dirty, ..SpaceWork::default() });
+            }
+        }
+        match lacking.first_key_value() {
+            None => Ok(()),
+            Some((space, _)) => {
+                Err(format!("the target lacks pages of process {space}, which is not here").into())
+            }
+        }
     }
 
     fn serve(&self, begin_push: &Receiver<()>) -> Result<(), Cause> {

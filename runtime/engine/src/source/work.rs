@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
+use godwit_protocol::plan::Way;
 use godwit_protocol::rootfs::Pass;
 use godwit_protocol::source::Event;
 use godwit_protocol::wire::Message;
@@ -16,8 +17,9 @@ use godwit_protocol::worker::{self, Command};
 use super::bulk::{BulkError, BulkLink, RootfsSender};
 use super::container::{Checkpointer, Confirm, Dumping, Verdict};
 use super::images::ImageStream;
-use super::listen::{Heard, listen};
+use super::listen::listen;
 use super::memory::{Cut, Memory, Route, Told};
+use super::rejoin::{Answer, Reopened, rejoin};
 use super::worker::{Connected, Dump, News, Sent, Worker};
 use super::{ask, blobs};
 use crate::Cause;
@@ -57,15 +59,10 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         let asked = || format!("{}:{}", request.host, request.port);
         let peer = link.peer().map_or_else(|_| asked(), |address| address.to_string());
         let (send, receive) = link.split();
-        let news = self.teller.clone();
+        self.link_number += 1;
+        let (news, number) = (self.teller.clone(), self.link_number);
         thread::spawn(move || {
-            listen(receive, &peer, |heard| {
-                let heard = match heard {
-                    Heard::Event(event) => News::Event(event),
-                    Heard::Accepted(accept) => News::Accepted(accept),
-                };
-                news.send(heard).is_ok()
-            });
+            listen(receive, &peer, |heard| news.send(News::Heard(number, heard)).is_ok());
         });
         self.link = Some(Connected { bulk: BulkLink::over(send), breaker });
     }
@@ -121,7 +118,8 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
     /// Prepares CRIU first: what is in the way of a dump is best known before anything is copied.
     pub(super) fn send_rootfs(&mut self) -> Result<(), Cause> {
         let images = ImageDir::make(self.order.request.images, image_dir::room_bytes())?;
-        self.memory = self.start_memory()?;
+        let way = self.plan.as_ref().map(|plan| plan.way).filter(|way| way.is_ours());
+        self.memory = way.map(|way| self.start_memory(way)).transpose()?;
         let hidden = self.memory.as_ref().map(|memory| &memory.hidden);
         let dump = self.container.prepare(images.path(), hidden, &self.ahead)?;
         self.images = Some(images);
@@ -137,11 +135,8 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         Ok(())
     }
 
-    /// Starts the thread that follows and sends the tasks' memory, if that is ours to do.
-    fn start_memory(&self) -> Result<Option<Memory>, Cause> {
-        let Some(way) = self.plan.as_ref().map(|plan| plan.way).filter(|way| way.is_ours()) else {
-            return Ok(None);
-        };
+    /// Starts the thread that follows and sends the tasks' memory.
+    fn start_memory(&self, way: Way) -> Result<Memory, Cause> {
         let request = &self.order.request;
         let route = Route {
             host: request.host.clone(),
@@ -159,13 +154,8 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
             };
             news.send(told).ok();
         };
-        Ok(Some(Memory::start(
-            route,
-            self.container.tasks()?,
-            self.ahead.clone(),
-            Arc::clone(&self.sent),
-            tell,
-        )?))
+        let (tasks, sent) = (self.container.tasks()?, Arc::clone(&self.sent));
+        Ok(Memory::start(route, tasks, self.ahead.clone(), sent, tell)?)
     }
 
     /// As many as the processors can keep busy, less one: each stream takes one to read and send, and one to receive,
@@ -282,14 +272,39 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         Ok(self.bulk()?.send_always(&Message::Commit)?)
     }
 
-    /// Ends the link, and asks what the target has. There is no way yet to give pages over a new link: a target that
-    /// lacks some gives up, and says so the next time.
-    pub(super) fn rejoin(&self, pause: Duration) {
+    /// Ends link and streams, and asks what the target has; if it lacks pages that can be given, opens others.
+    pub(super) fn rejoin(&self, pause: Duration, reopen: bool) {
         if let Some(link) = &self.link {
             link.breaker.break_link();
         }
         self.with_memory(Memory::stop);
-        self.ask_fate(pause);
+        let (news, bulk_count) = (self.teller.clone(), self.stream_count());
+        let (request, migration) = (self.order.request.clone(), self.order.migration.clone());
+        thread::spawn(move || {
+            thread::sleep(pause);
+            let answer = match rejoin(&request, &migration, bulk_count, reopen) {
+                Ok(Answer::Open(reopened)) => News::Reopened(reopened),
+                Ok(Answer::Fate(answer)) => News::Event(Event::Answered(answer)),
+                Err(error) => News::Event(Event::AskFailed { cause: causes(&error) }),
+            };
+            news.send(answer).ok();
+        });
+    }
+
+    /// Takes the way to a target that lacks pages. A worker in the place of one that died gets at them here.
+    pub(super) fn reopened(&mut self, Reopened { link, streams, lacking }: Reopened) -> Event {
+        if self.memory.is_none() {
+            match self.start_memory(Way::Postcopy) {
+                Ok(memory) => self.memory = Some(memory),
+                Err(cause) => return Event::AskFailed { cause: causes(cause.as_ref()) },
+            }
+        }
+        if let Some(memory) = &mut self.memory {
+            memory.reopen(&streams, lacking);
+        }
+        self.streams = Some(streams);
+        self.attach(link);
+        Event::Rejoined
     }
 
     pub(super) fn ask_fate(&self, pause: Duration) {

@@ -6,17 +6,19 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 
 use godwit_memory::ahead::Ahead;
-use godwit_protocol::Phase;
 use godwit_protocol::offer::{self, Accept};
 use godwit_protocol::plan::{Abilities, Plan};
 use godwit_protocol::report::{Outcome, Round, Tick};
 use godwit_protocol::source::{Action, End, Event, PeerEvent, Source, Step};
 use godwit_protocol::worker::{self, Command};
+use godwit_protocol::{MigrationRequest, Phase};
 
 use super::bulk::BulkLink;
 use super::container::{Checkpointer, Verdict};
+use super::listen::Heard;
 use super::memory::Memory;
 use super::progress::{INTERVAL, Rate};
+use super::rejoin::Reopened;
 use super::{Order, Origin};
 use crate::clock::Clock;
 use crate::image_dir::ImageDir;
@@ -28,9 +30,11 @@ use crate::text::causes;
 /// What the threads report.
 pub(super) enum News<D> {
     Event(Event),
+    /// What came over the link of this number.
+    Heard(u32, Heard),
+    Reopened(Box<Reopened>),
     Connected(Box<Link>),
     Streams(Arc<PageStreams>),
-    Accepted(Box<Accept>),
     /// The live pass is over and CRIU is ready; what both need for the second half.
     Copied {
         copier: Box<Copier>,
@@ -75,6 +79,8 @@ pub(super) struct Worker<C: Checkpointer, T> {
     pub(super) teller: Sender<News<C::Dump>>,
     pub(super) news: Receiver<News<C::Dump>>,
     pub(super) link: Option<Connected>,
+    /// Counts the links: what was said of an earlier one may be heard when there is another.
+    pub(super) link_number: u32,
     pub(super) offered: Vec<offer::Blob>,
     pub(super) missing: Vec<String>,
     pub(super) images: Option<ImageDir>,
@@ -108,6 +114,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
             teller,
             news,
             link: None,
+            link_number: 0,
             offered: Vec::new(),
             missing: Vec::new(),
             images: None,
@@ -183,31 +190,13 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
     fn event_of(&mut self, news: News<C::Dump>) -> Option<Event> {
         match news {
             News::Event(event) => Some(event),
+            News::Heard(number, _) if number != self.link_number => None,
+            News::Heard(_, Heard::Event(event)) => Some(event),
+            News::Heard(_, Heard::Accepted(accept)) => Some(self.accepted(*accept)),
+            News::Reopened(reopened) => Some(self.reopened(*reopened)),
             News::Connected(link) => {
                 self.attach(*link);
                 Some(Event::LinkUp)
-            }
-            News::Accepted(accept) => {
-                let size = |digest: &String| {
-                    self.offered.iter().find(|blob| blob.digest == *digest).map(|blob| blob.size)
-                };
-                self.expected_bytes += accept.missing.iter().filter_map(size).sum::<u64>();
-                self.missing = accept.missing;
-                let request = &self.order.request;
-                match Plan::choose(
-                    request.mode,
-                    request.images,
-                    &request.limits,
-                    &self.abilities,
-                    &accept.abilities,
-                ) {
-                    Ok(plan) => {
-                        let way = plan.way;
-                        self.plan = Some(plan);
-                        Some(Event::Peer(PeerEvent::Accepted(way)))
-                    }
-                    Err(cause) => Some(Event::Failed { cause }),
-                }
             }
             News::Copied { copier, dump } => {
                 self.prepared = Some((copier, dump));
@@ -227,6 +216,22 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
                 self.report(News::Event(Event::Release));
                 Some(Event::Cancel)
             }
+        }
+    }
+
+    fn accepted(&mut self, accept: Accept) -> Event {
+        let size =
+            |digest: &String| self.offered.iter().find(|blob| blob.digest == *digest).map(|blob| blob.size);
+        self.expected_bytes += accept.missing.iter().filter_map(size).sum::<u64>();
+        self.missing = accept.missing;
+        let MigrationRequest { mode, images, limits, .. } = &self.order.request;
+        match Plan::choose(*mode, *images, limits, &self.abilities, &accept.abilities) {
+            Ok(plan) => {
+                let way = plan.way;
+                self.plan = Some(plan);
+                Event::Peer(PeerEvent::Accepted(way))
+            }
+            Err(cause) => Event::Failed { cause },
         }
     }
 
@@ -258,7 +263,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
             Action::Serve => self.with_memory(Memory::serve),
             Action::Connect => self.connect(),
             Action::SendBlobs => self.send_blobs(),
-            Action::Rejoin { pause } => self.rejoin(pause),
+            Action::Rejoin { pause, reopen } => self.rejoin(pause, reopen),
             Action::AskFate { pause } => self.ask_fate(pause),
             Action::Kill => self.kill(),
             Action::ReportMoved => self.report_moved(source),

@@ -4,6 +4,8 @@
 //! page streams ──► store ──┐                       Gate: images complete + plan kept ──► Complete
 //!       │     main link ── plan ─► FaultServer ◄── CRIU's lazy restore, then the tasks ──► Filled
 //!       └── once it is there ─────────┘  └── pages that stayed at the source ──► request ──► page streams
+//!
+//! the source is back ──► on_main ──► Rejoined ──► reopen: what is lacking; then the page streams, as before
 //! ```
 //! What the source says is checked against what came: the restore begins only when the store holds exactly as many
 //! pages of each space as the plan says, and nothing of a space that the plan does not name.
@@ -15,15 +17,19 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use godwit_memory::fault::{FaultConfig, FaultServer, Keeper, Latency, MemoryStore, Requester, SpacePlan};
+use godwit_memory::fault::{
+    FaultConfig, FaultServer, Keeper, Lacking, Latency, MemoryStore, Requester, SpacePlan,
+};
 use godwit_memory::{MemoryError, PageRange, PageSet};
 use godwit_protocol::report::{Faults, TargetMemory, Waits};
 use godwit_protocol::request::Images;
 use godwit_protocol::target::Event;
 use godwit_protocol::wire::pages::{PAGE_BYTES, ROUND_LAST, Run};
 
+use super::main_link::MainLink;
 use crate::Cause;
 use crate::handover::Streams;
+use crate::link::Link;
 use crate::pages::{Arrivals, PageReceiver, PagesError};
 use crate::text::causes;
 use crate::usage::Usage;
@@ -48,12 +54,14 @@ impl Memory {
         store: MemoryStore,
         images: Images,
         warden: Option<Warden>,
+        main: MainLink,
         tell: impl Fn(Event) + Send + Sync + 'static,
     ) -> Result<Self, Cause> {
         let store = Arc::new(store);
         let gate = Arc::new(Gate {
             store: Arc::clone(&store),
             images,
+            main,
             state: Mutex::default(),
             server: OnceLock::new(),
             arrived_pages: AtomicU64::new(0),
@@ -122,6 +130,14 @@ impl Memory {
         }
     }
 
+    /// Takes new streams, and returns what has not come over those before, by space.
+    pub(super) fn reopen(&self) -> BTreeMap<i32, PageSet> {
+        let lacking =
+            self.gate.lacking().into_iter().map(|(space, lacking)| (space, lacking.pages)).collect();
+        self.receiver.reopen();
+        lacking
+    }
+
     /// Ends the streams.
     pub(super) fn stop(&self) {
         self.receiver.stop();
@@ -132,6 +148,7 @@ impl Memory {
 pub(super) struct Gate {
     store: Arc<MemoryStore>,
     images: Images,
+    main: MainLink,
     state: Mutex<State>,
     server: OnceLock<Arc<FaultServer>>,
     /// Pages that came after the plan was kept.
@@ -259,6 +276,10 @@ impl Gate {
         })
     }
 
+    fn lacking(&self) -> BTreeMap<i32, Lacking> {
+        self.server.get().map(|server| server.lacking()).unwrap_or_default()
+    }
+
     fn note_peak(&self) {
         if let Ok(bytes) = self.store.resident_bytes() {
             self.peak_bytes.fetch_max(bytes, Ordering::Relaxed);
@@ -328,6 +349,15 @@ impl Arrivals for Gate {
         };
         (self.tell)(event);
     }
+
+    fn on_main(&self, link: Link) {
+        self.main.replace(link);
+        (self.tell)(Event::Rejoined);
+    }
+
+    fn waited_for(&self) -> Vec<(i32, PageSet)> {
+        self.lacking().into_iter().map(|(space, lacking)| (space, lacking.requested)).collect()
+    }
 }
 
 impl std::fmt::Debug for Gate {
@@ -345,12 +375,8 @@ fn waits(latency: Latency) -> Waits {
 struct Requests(Arc<PageReceiver>);
 
 impl Requester for Requests {
-    fn request(&self, space: i32, pages: PageRange) -> Result<(), MemoryError> {
-        let asked = self.0.request(space, pages);
-        asked.map_err(|error| MemoryError::Unavailable {
-            what: "a page of the source",
-            reason: causes(&error),
-        })
+    fn request(&self, space: i32, pages: PageRange) {
+        self.0.request(space, pages);
     }
 
     fn finished(&self, _space: i32) {}

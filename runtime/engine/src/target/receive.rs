@@ -82,6 +82,20 @@ impl Receiver {
     }
 }
 
+/// Reads a link that has taken the place of another, over which the source has nothing more to say, until it ends.
+pub(super) fn until_the_end(mut link: ReceiveHalf, tell: impl Fn(Event)) {
+    let event = match link.receive() {
+        Ok(Message::Abort { detail }) => Event::Abort { detail: detail.to_owned() },
+        Ok(other) => Event::Nonsense { what: format!("the source sent {:?} out of place", other.kind()) },
+        Err(error @ (LinkError::Wire(_) | LinkError::Unexpected { .. })) => {
+            Event::Nonsense { what: causes(&error) }
+        }
+        Err(error) => Event::LinkLost { cause: causes(&error) },
+    };
+    tell(event);
+    link.drain();
+}
+
 /// The receiver without its link, from whose buffer the message borrows.
 struct Places<'r> {
     rootfs: &'r PathBuf,

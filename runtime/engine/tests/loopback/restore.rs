@@ -14,6 +14,8 @@ use crate::pretend::{Side, Tasks};
 pub(crate) struct PretendedRestorer {
     pub(crate) tasks: Side,
     pub(crate) fails: bool,
+    /// Does not hold the container before these run again.
+    pub(crate) awaited: Option<Side>,
     pub(crate) got: Arc<Mutex<Vec<u8>>>,
 }
 
@@ -32,6 +34,9 @@ impl Restorer for PretendedRestorer {
         assert_eq!(fs::read(images.join("inventory.img"))?, b"inventory");
         if self.fails {
             return Err("a pretended restore failed".into());
+        }
+        while self.awaited.as_ref().is_some_and(|tasks| tasks.get() != Tasks::Running) {
+            std::thread::yield_now();
         }
         self.tasks.set(Tasks::Stopped);
         match decide() {

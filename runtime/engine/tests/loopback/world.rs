@@ -78,6 +78,7 @@ impl World {
             restorer: PretendedRestorer {
                 tasks: sides.1.clone(),
                 fails: plan.restore_fails,
+                awaited: (plan.cancel_at == Some(Phase::Restoring)).then(|| sides.0.clone()),
                 got: Arc::clone(&got),
             },
             workers: Arc::clone(&workers),

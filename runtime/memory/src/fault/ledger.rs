@@ -72,6 +72,23 @@ pub struct Claim {
     pub origin: u64,
 }
 
+/// Pages of one process that have not come, named as the source names them.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Lacking {
+    /// All of them.
+    pub pages: PageSet,
+    /// Those of them that were asked for: somebody waits.
+    pub requested: PageSet,
+}
+
+impl Lacking {
+    /// Adds what another space lacks that came of the same process.
+    pub(super) fn join(&mut self, other: &Self) {
+        self.pages = self.pages.union(&other.pages);
+        self.requested = self.requested.union(&other.requested);
+    }
+}
+
 /// What became of pages that arrived.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Arrived {
@@ -128,6 +145,24 @@ impl Ledger {
         // In this order: a page that arrives is counted as held before it is no longer counted as remote.
         let remote = self.remote();
         remote + self.held()
+    }
+
+    /// What has not come. Nothing may arrive meanwhile: what is on its way into the task is in neither set.
+    pub fn lacking(&self) -> Lacking {
+        let mut lacking = Lacking::default();
+        for (origin, start) in &self.origins {
+            let states = self.segments.get(start).map_or(&[][..], |segment| &segment.states[..]);
+            for (page, address) in states.iter().zip((*origin..).step_by(PAGE_STEP)) {
+                let state = state(page);
+                if matches!(state, State::Remote | State::Requested) {
+                    lacking.pages.insert(PageRange::page_at(address));
+                }
+                if state == State::Requested {
+                    lacking.requested.insert(PageRange::page_at(address));
+                }
+            }
+        }
+        lacking
     }
 
     /// State of the page at `address`.

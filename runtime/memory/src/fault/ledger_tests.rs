@@ -91,6 +91,16 @@ fn is_remote(state: State) -> bool {
     matches!(state, State::Remote | State::Requested)
 }
 
+fn lacking(naive: &Naive) -> Lacking {
+    let such = |such: fn(State) -> bool| -> PageSet {
+        let mut origins: Vec<u64> =
+            naive.values().filter(|(_, state)| such(*state)).map(|(origin, _)| *origin).collect();
+        origins.sort_unstable();
+        origins.into_iter().map(|origin| pages(origin, 1)).collect()
+    };
+    Lacking { pages: such(is_remote), requested: such(|state| state == State::Requested) }
+}
+
 fn release(naive: &mut Naive, page: u64, count: u64) -> Vec<u64> {
     let gone = (page..page + count).filter_map(|page| naive.get(&page));
     gone.filter(|(_, state)| *state == State::Held).map(|(origin, _)| *origin).collect()
@@ -235,6 +245,7 @@ proptest! {
         for step in &steps {
             apply(&mut ledger, &mut naive, step);
             prop_assert_eq!((ledger.held(), ledger.remote()), (held(&naive), remote(&naive)));
+            prop_assert_eq!(ledger.lacking(), lacking(&naive));
             for page in 0..170 {
                 let expected = naive.get(&page).map_or(State::Absent, |(_, state)| *state);
                 prop_assert_eq!(ledger.state(page * PAGE_BYTES), expected);

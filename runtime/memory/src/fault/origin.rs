@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use godwit_sys::page_range::PageRange;
 
+use super::ledger::Lacking;
 use super::space::{Service, Space};
 use super::{PageSource, Requester};
 use crate::{PageSet, Result};
@@ -45,13 +46,19 @@ impl Origin {
     }
 
     /// Asks for pages, which are `Requested` in one space already, on behalf of all.
-    pub(super) fn request(&self, pages: PageRange) -> Result<()> {
-        self.for_each(|space| {
-            space.mark_requested(pages);
-            Ok(())
-        })?;
+    pub(super) fn request(&self, pages: PageRange) {
+        self.for_each(|space| space.mark_requested(pages));
         // A plan with remote pages and nobody to ask is refused at the start.
-        self.requester.as_ref().map_or(Ok(()), |requester| requester.request(self.pid, pages))
+        if let Some(requester) = &self.requester {
+            requester.request(self.pid, pages);
+        }
+    }
+
+    /// What has not come, of what any of its spaces needs. Nothing may arrive meanwhile.
+    pub(super) fn lacking(&self) -> Lacking {
+        let mut lacking = Lacking::default();
+        self.for_each(|space| lacking.join(&space.lacking()));
+        lacking
     }
 
     /// The contents of pages have come, and go into the one space that there is. None, and nothing is done, when
@@ -74,33 +81,33 @@ impl Origin {
     /// The contents of pages have come, and are in the source.
     pub(super) fn arrived(&self, pages: PageRange, service: &Service) -> Result<()> {
         let mut unneeded: PageSet = [pages].into_iter().collect();
-        let arrived = self.for_each(|space| {
-            unneeded = unneeded.intersection(&space.arrived(pages, service)?);
-            Ok(())
+        let mut answer = Ok(());
+        self.for_each(|space| match space.arrived(pages, service) {
+            Ok(others) => unneeded = unneeded.intersection(&others),
+            // The first of them.
+            Err(error) if answer.is_ok() => answer = Err(error),
+            Err(error) => log::error!("failed to install pages that came: {error}"),
         });
         if self.is_last() {
             unneeded.ranges().iter().for_each(|range| self.source.release(self.pid, *range));
         }
-        arrived
+        answer
     }
 
     /// Calls `visit` for each space, also for children that are forked meanwhile: a child is in the list before its
-    /// parent's ledger, of which it has a copy, can be changed again. Returns the first error after all calls.
-    fn for_each(&self, mut visit: impl FnMut(&Arc<Space>) -> Result<()>) -> Result<()> {
-        let (mut seen, mut answer) = (0, Ok(()));
+    /// parent's ledger, of which it has a copy, can be changed again.
+    fn for_each(&self, mut visit: impl FnMut(&Arc<Space>)) {
+        let mut seen = 0;
         loop {
             let new: Vec<Weak<Space>> = {
                 let spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
                 spaces[seen..].to_vec()
             };
             if new.is_empty() {
-                return answer;
+                return;
             }
             seen += new.len();
-            for space in new.iter().filter_map(Weak::upgrade) {
-                let visited = visit(&space);
-                answer = answer.and(visited);
-            }
+            new.iter().filter_map(Weak::upgrade).for_each(|space| visit(&space));
         }
     }
 }

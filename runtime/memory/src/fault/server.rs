@@ -16,7 +16,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::events::Events;
 use super::handover::SOCKET_NAME;
 use super::latency::Latency;
-use super::ledger::Ledger;
+use super::ledger::{Lacking, Ledger};
 use super::origin::Origin;
 use super::space::{Counters, Filled, Service, Space};
 use super::{Keeper, LEND_BYTES, PageSource, Requester, SpacePlan};
@@ -177,6 +177,19 @@ impl FaultServer {
             return Err(MemoryError::Plan { pid: space, what });
         }
         self.shared.bring(space, pages, contents)
+    }
+
+    /// What has not come, by process: what is to be sent, and asked for, again when the other machine was lost and is
+    /// back. Nothing may arrive while this is called.
+    pub fn lacking(&self) -> BTreeMap<i32, Lacking> {
+        let state = self.shared.lock();
+        let mut lacking: BTreeMap<i32, Lacking> =
+            state.plan.iter().map(|(pid, ledger)| (*pid, ledger.lacking())).collect();
+        let origins: Vec<Arc<Origin>> = state.origins.values().filter_map(Weak::upgrade).collect();
+        drop(state);
+        lacking.extend(origins.iter().map(|origin| (origin.pid, origin.lacking())));
+        lacking.retain(|_, lacking| !lacking.pages.is_empty());
+        lacking
     }
 
     /// Duplicates of all userfaultfds there are now, each with the process it came of.

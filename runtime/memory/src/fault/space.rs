@@ -9,7 +9,7 @@ use godwit_sys::page_range::{PAGE_BYTES, PageRange};
 use godwit_sys::userfaultfd::{EVENTS_MAX, Event, Installed, Stop, Userfaultfd};
 
 use super::latency::Histogram;
-use super::ledger::{Claim, Ledger, State};
+use super::ledger::{Claim, Lacking, Ledger, State};
 use super::origin::Origin;
 use super::{FaultConfig, Lent};
 use crate::{MemoryError, PageSet, Result};
@@ -201,6 +201,11 @@ impl Space {
         })
     }
 
+    /// What has not come, as long as nothing arrives.
+    pub(super) fn lacking(&self) -> Lacking {
+        if self.has_exited() { Lacking::default() } else { self.read().lacking() }
+    }
+
     /// Somebody else asked for `origin`, named as the source names it.
     pub(super) fn mark_requested(&self, origin: PageRange) {
         self.read().mark_requested(origin);
@@ -323,7 +328,7 @@ impl Space {
                     let waits = self.wait_for(missed);
                     for pages in wanted {
                         counters.requested.fetch_add(pages.pages(), Ordering::Relaxed);
-                        self.origin.request(pages)?;
+                        self.origin.request(pages);
                     }
                     if waits {
                         return Ok(Answered::Waiting);

@@ -42,9 +42,10 @@ pub(super) fn serve(seat: &Seat, socket: TcpStream) -> Result<(), ConnectionErro
         Ok(Message::JoinStream { migration, stream }) => {
             return streams::join(seat, link, &migration, stream);
         }
+        Ok(Message::Rejoin { migration }) => return streams::rejoin(seat, link, &migration),
         Ok(Message::FateQuery { migration }) => return answer(seat, &mut link, &migration),
         Ok(other) => {
-            Err(LinkError::Unexpected { kind: other.kind(), expected: "an offer, a stream or a question" })
+            Err(LinkError::Unexpected { kind: other.kind(), expected: "an offer, a link or a question" })
         }
         Err(LinkError::Closed) => Ok(None),
         Err(error) => Err(error),

@@ -288,10 +288,10 @@ impl Meeting {
         if let Err(error) = &given {
             log::warn!(migration:%; "{error}");
         }
-        // Entered until here: page streams join while the migration lasts.
         let started = self.started.recv();
-        drop(entry);
         let fate = self.arrival.settle(&self.record);
+        // Entered until here: streams, and another main link, join as long as pages are lacking.
+        drop(entry);
         match (fate, started) {
             (Ok(FateAnswer::Lost), _) => Err(ConnectionError::Failed(format!(
                 "container {id} was ended here, where it had begun to run: not all of its memory came"

@@ -1,7 +1,9 @@
-//! Page streams: connections that join a migration whose worker has the main link.
+//! Connections that join a migration whose worker has the main link: page streams, and another main link when that one
+//! broke.
 //!
-//! A worker is entered under its migration's name before it gets the main link, and is taken out when its task has
-//! started or failed. What joins in between is given to it, each stream once, so no more than a migration has.
+//! A worker is entered under its migration's name before it gets the main link, and is taken out when it needs nothing
+//! any more, or is gone. What joins in between is given to it, each stream once for each main link, so no more than a
+//! migration has.
 
 use std::{
     collections::BTreeSet,
@@ -85,6 +87,24 @@ pub(super) fn join(
     log::debug!(migration:%, stream:?; "a page stream joins");
     handover::give_stream(&worker.socket, stream, link)
         .map_err(|error| ConnectionError::Failed(format!("page stream {stream:?} was not given: {error}")))
+}
+
+/// Gives the worker of a migration another main link; what joins from then on are the streams that go with it.
+///
+/// # Errors
+/// [`ConnectionError`]; the peer has been told.
+pub(super) fn rejoin(seat: &Seat, mut link: Link, migration: &MigrationId) -> Result<(), ConnectionError> {
+    let worker = seat.shared.state().workers.get(migration).cloned();
+    let Some(worker) = worker else {
+        return Err(refuse(&mut link, format!("no worker of migration {migration} lacks pages here")));
+    };
+    let mut worker = lock(&worker);
+    worker.joined.clear();
+    link.set_silence_max(None)?;
+    seat.reclaim();
+    log::info!(migration:%; "the source is back over another link");
+    handover::give_again(&worker.socket, link)
+        .map_err(|error| ConnectionError::Failed(format!("the main link was not given: {error}")))
 }
 
 fn refuse(link: &mut Link, detail: String) -> ConnectionError {

@@ -170,16 +170,21 @@ fn the_fate_is_what_the_record_says() {
     assert_eq!(ask("m"), FateAnswer::Here);
 }
 
+type Joined = (Result<Link, String>, Result<(), connection::ConnectionError>);
+
 /// Joins a stream and returns the link and what the agent says of it.
-fn join(
-    host: &Host,
-    name: &str,
-    stream: StreamId,
-) -> (Result<Link, String>, Result<(), connection::ConnectionError>) {
-    let migration: MigrationId = name.to_owned().try_into().unwrap();
+fn join(host: &Host, name: &str, stream: StreamId) -> Joined {
+    begin_with(host, &Message::JoinStream { migration: name.to_owned().try_into().unwrap(), stream })
+}
+
+fn rejoin(host: &Host, name: &str) -> Joined {
+    begin_with(host, &Message::Rejoin { migration: name.to_owned().try_into().unwrap() })
+}
+
+fn begin_with(host: &Host, first: &Message<'_>) -> Joined {
     let (link, served) = host.serve(|socket| {
         let mut link = Link::accept(socket).unwrap();
-        link.send(&Message::JoinStream { migration, stream }).unwrap();
+        link.send(first).unwrap();
         link.send(&Message::StreamMark { round: 5 }).unwrap();
         link
     });
@@ -193,8 +198,8 @@ fn join(
     }
 }
 
-/// Goal: a page stream reaches the worker of its own migration, once, with nothing of it read, and only while the
-/// migration lasts. Method: a worker that takes its link as a real one does.
+/// Goal: a page stream reaches the worker of its own migration, once for each main link, with nothing of it read, and
+/// only while the migration lasts. Method: a worker that takes its link as a real one does.
 #[test]
 fn page_streams_reach_the_worker_of_their_migration_and_no_other() {
     let host = Host::new();
@@ -228,14 +233,23 @@ fn page_streams_reach_the_worker_of_their_migration_and_no_other() {
     given.unwrap();
     let (_link, _, agent) = worker.join().unwrap();
     let mut joined = agent.streams().unwrap();
-    for stream in [StreamId::Bulk(1), StreamId::Fault] {
-        let (_source, served) = join(&host, "m", stream);
+    for _ in 0..2 {
+        for stream in [StreamId::Bulk(1), StreamId::Fault] {
+            let (_source, served) = join(&host, "m", stream);
+            served.unwrap();
+            let Some(handover::Later::Stream(mut taken)) = joined.take().unwrap() else {
+                panic!("no stream")
+            };
+            assert_eq!(taken.stream, stream);
+            assert_eq!(taken.link.receive().unwrap(), Message::StreamMark { round: 5 });
+        }
+        assert!(join(&host, "m", StreamId::Fault).0.unwrap_err().contains("joined already"));
+        let (_source, served) = rejoin(&host, "m");
         served.unwrap();
-        let mut taken = joined.take().unwrap().unwrap();
-        assert_eq!(taken.stream, stream);
-        assert_eq!(taken.link.receive().unwrap(), Message::StreamMark { round: 5 });
+        let Some(handover::Later::Main(mut taken)) = joined.take().unwrap() else { panic!("no main link") };
+        assert_eq!(taken.receive().unwrap(), Message::StreamMark { round: 5 });
     }
-    assert!(join(&host, "m", StreamId::Fault).0.unwrap_err().contains("joined already"));
+    assert!(rejoin(&host, "other").0.unwrap_err().contains("no worker of migration other"));
     assert!(join(&host, "other", StreamId::Bulk(0)).0.unwrap_err().contains("no migration other"));
     drop(entry);
     assert!(joined.take().unwrap().is_none());

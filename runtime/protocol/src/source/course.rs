@@ -7,7 +7,7 @@ use crate::policy::{self, Policy, RoundStats, Verdict};
 use crate::report::{Round, Tick};
 use crate::wire::pages::PAGE_BYTES;
 
-use super::Settings;
+use super::{ASK_PAUSE, SERVE_TRIES, Settings};
 
 /// What was sent in a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -28,6 +28,10 @@ pub(super) struct Course {
     settings: Settings,
     policy: Option<Box<dyn Policy>>,
     leaves_pages: bool,
+    /// Whether the target was reached again after its link was lost.
+    has_rejoined: bool,
+    /// How often pages could not be given for a reason on this side.
+    serve_failures: u32,
     /// When the rounds began.
     begun: Tick,
     /// When the last two scans ended.
@@ -47,6 +51,8 @@ impl Course {
             settings,
             policy: None,
             leaves_pages: false,
+            has_rejoined: false,
+            serve_failures: 0,
             begun: Tick(0),
             scanned: [Tick(0); 2],
             pending_pages: 0,
@@ -90,6 +96,26 @@ impl Course {
     /// Whether pages are left at the source when the container runs on the target.
     pub(super) const fn leaves_pages(&self) -> bool {
         self.leaves_pages
+    }
+
+    pub(super) const fn rejoined(&mut self) {
+        self.has_rejoined = true;
+    }
+
+    pub(super) const fn failed_to_serve(&mut self) {
+        self.serve_failures += 1;
+    }
+
+    /// Whether link and streams are worth opening again.
+    pub(super) const fn can_serve(&self) -> bool {
+        self.leaves_pages && self.serve_failures < SERVE_TRIES
+    }
+
+    /// How long to wait before the target is looked for. The first time it may be there at once, and tasks wait. One
+    /// that has every page puts them in their places without being watched; unless it has died, which its agent may
+    /// learn a moment later than this side.
+    pub(super) const fn rejoin_pause(&self) -> Duration {
+        if self.leaves_pages && !self.has_rejoined { Duration::ZERO } else { ASK_PAUSE }
     }
 
     pub(super) const fn begin_rounds(&mut self, now: Tick) {

@@ -234,7 +234,7 @@ fn committing(watch: Stopwatch, course: &Course, event: Event, now: Tick) -> Nex
 fn asking(watch: Stopwatch, course: &Course, event: &Event, now: Tick) -> Next {
     match event {
         Event::Answered(FateAnswer::Filling) if course.leaves_pages() => {
-            rejoin(moved(watch, Resumed::default(), now), Duration::ZERO)
+            rejoin(moved(watch, Resumed::default(), now), course, Duration::ZERO)
         }
         Event::Answered(FateAnswer::Here | FateAnswer::Filling) => {
             kill(moved(watch, Resumed::default(), now))
@@ -264,23 +264,26 @@ fn ask(watch: Stopwatch, again: bool) -> Next {
 }
 
 /// The container runs on the target, and the source is kept for the pages that the target lacks, if it does.
-fn serving(moved: Moved, course: &Course, event: &Event) -> Next {
+fn serving(moved: Moved, course: &mut Course, event: &Event) -> Next {
+    if matches!(event, Event::Failed { .. }) {
+        course.failed_to_serve();
+    }
     match event {
         Event::Peer(PeerEvent::MemoryComplete(memory)) => kill(Moved { memory: Some(*memory), ..moved }),
-        Event::Peer(_) | Event::LinkLost { .. } | Event::Failed { .. } if course.leaves_pages() => {
-            rejoin(moved, Duration::ZERO)
+        Event::Peer(_) | Event::LinkLost { .. } | Event::Failed { .. } => {
+            rejoin(moved, course, course.rejoin_pause())
         }
-        // The target has every page, and puts them in their places without being watched; unless it has died, which
-        // the agent may learn a moment later than this side.
-        Event::Peer(_) | Event::LinkLost { .. } | Event::Failed { .. } => rejoin(moved, ASK_PAUSE),
-        Event::Deadline if !course.leaves_pages() => rejoin(moved, ASK_PAUSE),
+        Event::Deadline if !course.leaves_pages() => rejoin(moved, course, ASK_PAUSE),
         _ => (State::Serving { moved }, vec![]),
     }
 }
 
-fn rejoining(moved: Moved, course: &Course, event: &Event) -> Next {
+fn rejoining(moved: Moved, course: &mut Course, event: &Event) -> Next {
     match event {
-        Event::Rejoined => (State::Serving { moved }, vec![Action::Serve]),
+        Event::Rejoined => {
+            course.rejoined();
+            (State::Serving { moved }, vec![Action::Serve])
+        }
         // The last page came, and only the word for it was lost, or is late: there is nobody to join any more.
         Event::Answered(FateAnswer::Here) => kill(moved),
         Event::Answered(FateAnswer::Filling) if !course.leaves_pages() => kill(moved),
@@ -288,7 +291,7 @@ fn rejoining(moved: Moved, course: &Course, event: &Event) -> Next {
         // A target that knows nothing of what has run there has lost its record, and all that ran, with its memory.
         Event::Answered(FateAnswer::Lost | FateAnswer::NotHere) => bury(),
         Event::Answered(FateAnswer::Filling | FateAnswer::Pending) | Event::AskFailed { .. } => {
-            rejoin(moved, ASK_PAUSE)
+            rejoin(moved, course, ASK_PAUSE)
         }
         Event::Deadline => {
             let cause = "the target cannot be asked what became of the container, which has run there and may lack \
@@ -303,8 +306,8 @@ fn rejoining(moved: Moved, course: &Course, event: &Event) -> Next {
     }
 }
 
-fn rejoin(moved: Moved, pause: Duration) -> Next {
-    (State::Rejoining { moved }, vec![Action::Rejoin { pause }])
+fn rejoin(moved: Moved, course: &Course, pause: Duration) -> Next {
+    (State::Rejoining { moved }, vec![Action::Rejoin { pause, reopen: course.can_serve() }])
 }
 
 /// The container has run on the target, and is no more: what is here is older than what others have seen of it.

@@ -351,9 +351,22 @@ fn pages_are_left_by_post_copy_and_when_the_policy_says_so() {
 fn a_worker_in_the_place_of_a_dead_one_does_not_kill_what_the_target_may_need() {
     let resolve = || Source::resolve(Tick(0)).state;
     let step = resolve().step(Event::Answered(FateAnswer::Filling), Tick(1));
-    assert_eq!(step.actions, [Action::Rejoin { pause: Duration::ZERO }]);
+    assert_eq!(step.actions, [Action::Rejoin { pause: Duration::ZERO, reopen: true }]);
     assert_eq!(step.state.step(Event::Answered(FateAnswer::Here), Tick(2)).actions, [Action::Kill]);
     assert_eq!(resolve().step(Event::Answered(FateAnswer::Here), Tick(1)).actions, [Action::Kill]);
+}
+
+#[test]
+fn the_target_is_looked_for_at_once_and_then_more_slowly_and_no_more_pages_are_promised_than_can_be_given() {
+    let mut source =
+        Source { state: State::Serving { moved: a_move() }, course: Course::unknown(), entered: Tick(0) };
+    for round in 0..SERVE_TRIES {
+        let step = source.step(Event::Failed { cause: "unreadable".to_owned() }, Tick(1));
+        let pause = if round == 0 { Duration::ZERO } else { ASK_PAUSE };
+        let reopen = round + 1 < SERVE_TRIES;
+        assert_eq!(step.actions, [Action::Rejoin { pause, reopen }]);
+        source = step.state.step(Event::Rejoined, Tick(2)).state;
+    }
 }
 
 #[test]

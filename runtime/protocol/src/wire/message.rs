@@ -17,6 +17,10 @@
 //! source → target worker  MemoryPlan…               (main link, in the freeze, before StateEnd)
 //! target worker → source  PageRequest…              (fault stream)            MemoryComplete (main link)
 //!
+//! When the link broke while pages were left behind:
+//! source → agent          Rejoin                    (first frame of what is the main link from then on)
+//! target worker → source          Lacking… LackingEnd, then the page streams join anew
+//!
 //! source → agent          FateQuery                 (first frame of a connection of its own)
 //! agent → source                     FateAnswer
 //! ```
@@ -30,9 +34,9 @@ use super::pages::{
     take_space, take_stream,
 };
 use super::payload::{
-    DIGEST_LEN_MAX, fate_code, pass_code, put_bytes, put_entry, put_json, put_manifest, shortened, take_data,
-    take_entry, take_fate, take_image_name, take_json, take_layer, take_manifest, take_migration, take_pass,
-    take_path, take_step,
+    DIGEST_LEN_MAX, fate_code, pass_code, put_bytes, put_entry, put_json, put_manifest, put_migration,
+    put_resumed, shortened, take_data, take_entry, take_fate, take_image_name, take_json, take_layer,
+    take_manifest, take_migration, take_pass, take_path, take_resumed, take_step,
 };
 use crate::fate::FateAnswer;
 use crate::offer::{Accept, Offer};
@@ -146,6 +150,8 @@ kinds! {
     FateAnswer = 0x41, SMALL;
     /// [`Message::JoinStream`].
     JoinStream = 0x42, TEXT;
+    /// [`Message::Rejoin`].
+    Rejoin = 0x43, TEXT;
     /// [`Message::Pages`].
     Pages = 0x50, PAGES;
     /// [`Message::ZeroPages`].
@@ -162,6 +168,10 @@ kinds! {
     PageRequest = 0x56, SMALL;
     /// [`Message::MemoryComplete`].
     MemoryComplete = 0x57, TEXT;
+    /// [`Message::Lacking`].
+    Lacking = 0x58, RUNS_LEN_MAX;
+    /// [`Message::LackingEnd`].
+    LackingEnd = 0x59, 0;
 }
 
 /// What one end tells the other.
@@ -270,6 +280,11 @@ pub enum Message<'a> {
         /// Which of its streams.
         stream: StreamId,
     },
+    /// This connection is the main link, from now on, of a migration whose link broke while pages were left behind.
+    Rejoin {
+        /// The migration's name.
+        migration: MigrationId,
+    },
     /// Pages with their contents.
     Pages {
         /// Whose.
@@ -324,6 +339,15 @@ pub enum Message<'a> {
     },
     /// Every page is in its task; the source is not needed any more.
     MemoryComplete(TargetMemory),
+    /// Pages that have not come. A space with many runs takes several frames.
+    Lacking {
+        /// Whose.
+        space: i32,
+        /// Which, in order of address.
+        runs: Vec<Run>,
+    },
+    /// Nothing else has not come.
+    LackingEnd,
 }
 
 /// Why an offer is declined; the code is stable, the text is for people.
@@ -448,23 +472,23 @@ impl<'a> Message<'a> {
                 bulk = bytes;
             }
             Self::StateEnd { manifest } => put_manifest(&mut out, manifest),
-            Self::Resumed(Resumed { pid, cpu_us, disk_bytes_written }) => {
-                out.i64(i64::from(*pid)).u64(*cpu_us).u64(*disk_bytes_written);
-            }
+            Self::Resumed(resumed) => put_resumed(&mut out, *resumed),
             Self::Abort { detail } => put_bytes(&mut out, shortened(detail).as_bytes()),
-            Self::FateQuery { migration } => put_bytes(&mut out, migration.as_str().as_bytes()),
+            Self::FateQuery { migration } | Self::Rejoin { migration } => put_migration(&mut out, migration),
             Self::FateAnswer(answer) => {
                 out.u8(fate_code(*answer));
             }
             Self::JoinStream { migration, stream } => {
-                put_bytes(&mut out, migration.as_str().as_bytes());
+                put_migration(&mut out, migration);
                 put_stream(&mut out, *stream);
             }
             Self::Pages { space, runs, bytes } => {
                 put_pages(&mut out, *space, runs);
                 bulk = bytes;
             }
-            Self::ZeroPages { space, runs } | Self::AbsentPages { space, runs } => {
+            Self::ZeroPages { space, runs }
+            | Self::AbsentPages { space, runs }
+            | Self::Lacking { space, runs } => {
                 put_pages(&mut out, *space, runs);
             }
             Self::StreamMark { round } | Self::RoundReceived { round } => {
@@ -476,7 +500,7 @@ impl<'a> Message<'a> {
             }
             Self::PageRequest { space, run } => put_request(&mut out, *space, *run),
             Self::MemoryComplete(memory) => put_json(kind, &mut out, memory)?,
-            Self::BlobsEnd | Self::Received | Self::Restored | Self::Commit => {}
+            Self::BlobsEnd | Self::Received | Self::Restored | Self::Commit | Self::LackingEnd => {}
         }
         Ok((kind, bulk))
     }
@@ -516,11 +540,7 @@ impl<'a> Message<'a> {
             Kind::Received => Self::Received,
             Kind::Restored => Self::Restored,
             Kind::Commit => Self::Commit,
-            Kind::Resumed => Self::Resumed(Resumed {
-                pid: i32::try_from(fields.i64()?).map_err(|_| fields.bad("a process id is out of range"))?,
-                cpu_us: fields.u64()?,
-                disk_bytes_written: fields.u64()?,
-            }),
+            Kind::Resumed => Self::Resumed(take_resumed(&mut fields)?),
             Kind::Abort => Self::Abort { detail: fields.text(DETAIL_LEN_MAX)? },
             Kind::FateQuery => Self::FateQuery { migration: take_migration(&mut fields)? },
             Kind::FateAnswer => Self::FateAnswer(take_fate(&mut fields)?),
@@ -528,6 +548,7 @@ impl<'a> Message<'a> {
                 migration: take_migration(&mut fields)?,
                 stream: take_stream(&mut fields)?,
             },
+            Kind::Rejoin => Self::Rejoin { migration: take_migration(&mut fields)? },
             Kind::Pages => {
                 let (space, runs) = (take_space(&mut fields)?, take_runs(&mut fields)?);
                 let bytes = take_contents(&mut fields, &runs)?;
@@ -551,6 +572,8 @@ impl<'a> Message<'a> {
                 Self::PageRequest { space: take_space(&mut fields)?, run: take_run(&mut fields)? }
             }
             Kind::MemoryComplete => Self::MemoryComplete(take_json(kind, &mut fields)?),
+            Kind::Lacking => Self::Lacking { space: take_space(&mut fields)?, runs: take_runs(&mut fields)? },
+            Kind::LackingEnd => Self::LackingEnd,
         };
         fields.end()?;
         Ok(message)
@@ -585,6 +608,7 @@ impl<'a> Message<'a> {
             Self::FateQuery { .. } => Kind::FateQuery,
             Self::FateAnswer(_) => Kind::FateAnswer,
             Self::JoinStream { .. } => Kind::JoinStream,
+            Self::Rejoin { .. } => Kind::Rejoin,
             Self::Pages { .. } => Kind::Pages,
             Self::ZeroPages { .. } => Kind::ZeroPages,
             Self::AbsentPages { .. } => Kind::AbsentPages,
@@ -593,6 +617,8 @@ impl<'a> Message<'a> {
             Self::MemoryPlan { .. } => Kind::MemoryPlan,
             Self::PageRequest { .. } => Kind::PageRequest,
             Self::MemoryComplete(_) => Kind::MemoryComplete,
+            Self::Lacking { .. } => Kind::Lacking,
+            Self::LackingEnd => Kind::LackingEnd,
         }
     }
 }

@@ -100,6 +100,7 @@ fn every_message() -> Vec<Message<'static>> {
         Message::FateAnswer(FateAnswer::Lost),
         Message::JoinStream { migration: "m-1".to_owned().try_into().unwrap(), stream: StreamId::Bulk(63) },
         Message::JoinStream { migration: "m-1".to_owned().try_into().unwrap(), stream: StreamId::Fault },
+        Message::Rejoin { migration: "m-1".to_owned().try_into().unwrap() },
         Message::Pages { space: 1, runs: runs(), bytes: &[7; 3 * 4096] },
         Message::ZeroPages { space: i32::MAX, runs: runs() },
         Message::AbsentPages { space: 1, runs: runs() },
@@ -108,6 +109,8 @@ fn every_message() -> Vec<Message<'static>> {
         Message::MemoryPlan { space: 1, round: 2, stored_pages: 1 << 40, remote: runs() },
         Message::PageRequest { space: 1, run: runs()[0] },
         Message::MemoryComplete(TargetMemory { peak_bytes: 5, ..TargetMemory::default() }),
+        Message::Lacking { space: 1, runs: runs() },
+        Message::LackingEnd,
     ]
 }
 

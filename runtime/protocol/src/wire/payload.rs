@@ -1,7 +1,7 @@
 //! The composite fields of payloads: each `put_` writes what the `take_` beside it accepts.
 
 use super::codec::{Reader, Writer};
-use super::message::{DATA_LEN_MAX, DETAIL_LEN_MAX, IMAGE_NAME_LEN_MAX, IMAGES_MAX, Image, Step};
+use super::message::{DATA_LEN_MAX, DETAIL_LEN_MAX, IMAGE_NAME_LEN_MAX, IMAGES_MAX, Image, Resumed, Step};
 use super::{Kind, WireError};
 use crate::fate::FateAnswer;
 use crate::request::MigrationId;
@@ -99,9 +99,23 @@ pub(super) fn take_fate(fields: &mut Reader<'_>) -> Result<FateAnswer, WireError
     })
 }
 
+pub(super) fn put_migration(out: &mut Writer<'_>, migration: &MigrationId) {
+    put_bytes(out, migration.as_str().as_bytes());
+}
+
 pub(super) fn take_migration(fields: &mut Reader<'_>) -> Result<MigrationId, WireError> {
     let name = fields.text(MigrationId::LEN_MAX)?.to_owned();
     name.try_into().map_err(|_| fields.bad("a migration's name is malformed"))
+}
+
+pub(super) fn put_resumed(out: &mut Writer<'_>, resumed: Resumed) {
+    let Resumed { pid, cpu_us, disk_bytes_written } = resumed;
+    out.i64(i64::from(pid)).u64(cpu_us).u64(disk_bytes_written);
+}
+
+pub(super) fn take_resumed(fields: &mut Reader<'_>) -> Result<Resumed, WireError> {
+    let pid = i32::try_from(fields.i64()?).map_err(|_| fields.bad("a process id is out of range"))?;
+    Ok(Resumed { pid, cpu_us: fields.u64()?, disk_bytes_written: fields.u64()? })
 }
 
 pub(super) fn take_image_name<'a>(fields: &mut Reader<'a>) -> Result<&'a str, WireError> {

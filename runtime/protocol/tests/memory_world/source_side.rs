@@ -8,7 +8,6 @@ use godwit_protocol::rootfs::Pass;
 use godwit_protocol::source::{self, Action, PeerEvent, Source};
 use godwit_protocol::target::{self, Target};
 use godwit_protocol::wire::Message;
-use godwit_protocol::wire::pages::ROUND_LAST;
 
 use crate::link::{Frame, Job, addresses, runs};
 use crate::program;
@@ -70,7 +69,7 @@ impl World {
             Action::Commit => self.tell_target([say(&Message::Commit)]),
             Action::AskFate { pause } => self.later(pause, Happening::Ask),
             Action::Serve => self.serve(),
-            Action::Rejoin { pause } => self.later(pause, Happening::Rejoin),
+            Action::Rejoin { pause, reopen } => self.later(pause, Happening::Rejoin(reopen)),
             Action::Kill => {
                 self.check_needless();
                 self.source_killed = true;
@@ -145,11 +144,11 @@ impl World {
         let event = match message {
             Message::Ready { .. } => PeerEvent::Ready,
             Message::RootfsApplied { pass } => PeerEvent::RootfsApplied(pass),
-            Message::RoundReceived { round: ROUND_LAST } if self.answering => return self.rejoins(),
-            Message::RoundReceived { round } => PeerEvent::RoundReceived(round),
-            Message::MemoryPlan { space, remote, .. } => {
-                return self.lacking.extend(addresses(&remote).map(|address| (space, address)));
+            Message::LackingEnd => return self.rejoins(),
+            Message::Lacking { space, runs } => {
+                return self.lacking.extend(addresses(&runs).map(|address| (space, address)));
             }
+            Message::RoundReceived { round } => PeerEvent::RoundReceived(round),
             Message::Received => PeerEvent::Received,
             Message::Restored => PeerEvent::Restored,
             Message::Resumed(resumed) => PeerEvent::Resumed(resumed),
@@ -167,10 +166,9 @@ impl World {
     }
 
     /// Asks the agent first, and then comes back to a worker that still lacks pages.
-    pub(crate) fn rejoin(&mut self) {
-        let leaves_pages = self.source.as_ref().is_some_and(Source::leaves_pages);
+    pub(crate) fn rejoin(&mut self, reopen: bool) {
         match self.record.asked(self.target.is_some()).answer {
-            FateAnswer::Filling if leaves_pages => {
+            FateAnswer::Filling if reopen => {
                 // Nothing is claimed from here on but what the target says it lacks.
                 self.unclaimed.clear();
                 self.open_link();

@@ -5,7 +5,6 @@ use godwit_protocol::report::{TargetMemory, Tick};
 use godwit_protocol::target::{self, Action};
 use godwit_protocol::wire::Message;
 use godwit_protocol::wire::message::Resumed;
-use godwit_protocol::wire::pages::ROUND_LAST;
 
 use crate::link::{Job, runs};
 use crate::program::Pages;
@@ -105,12 +104,12 @@ impl World {
         let jobs: Vec<Job> = lacking
             .iter()
             .map(|(space, pages)| {
-                let remote = runs(&pages.iter().copied().collect::<Vec<_>>());
-                say(&Message::MemoryPlan { space: *space, round: ROUND_LAST, stored_pages: 0, remote })
+                let runs = runs(&pages.iter().copied().collect::<Vec<_>>());
+                say(&Message::Lacking { space: *space, runs })
             })
             .collect();
         self.tell_source(jobs);
-        self.tell_source([say(&Message::RoundReceived { round: ROUND_LAST })]);
+        self.tell_source([say(&Message::LackingEnd)]);
         self.ask_again();
     }
 

@@ -30,7 +30,7 @@ pub(crate) enum Happening {
     SourceLosesLink(u32),
     TargetLosesLink(u32),
     Ask,
-    Rejoin,
+    Rejoin(bool),
     /// The program goes on, wherever it runs.
     Program,
     Fill,
@@ -254,7 +254,7 @@ impl World {
             Happening::AtSource(event) => self.feed_source(event),
             Happening::AtTarget(event) => self.feed_target(event),
             Happening::Ask => self.ask(),
-            Happening::Rejoin => self.rejoin(),
+            Happening::Rejoin(reopen) => self.rejoin(reopen),
             Happening::Program => self.program(),
             Happening::Fill => self.fill(),
             _ => {}

@@ -12,11 +12,14 @@ mod source_side;
 mod target_side;
 mod world;
 
+use std::time::Duration;
+
 use godwit_protocol::failure::Fate;
 use godwit_protocol::fate::FateAnswer;
 use godwit_protocol::plan::Way;
 use godwit_protocol::report::Tick;
 use godwit_protocol::source::{self, Source};
+use godwit_protocol::target::STRANDED_MAX;
 use proptest::prelude::*;
 
 use world::{Fault, World};
@@ -97,7 +100,7 @@ fn what_was_sent_before_the_link_was_lost_decides_where_no_link_is_opened_again(
             let world = World::new(seed, way, vec![Fault::LinkAtFrame(frame)]).without_reopening().run();
             let is_lost = fate(&world) == Some(Fate::Lost);
             assert!(!is_lost || world.lacking > 0, "{world:?}");
-            assert!(!is_lost || world.now < 60 * 1_000_000_000, "{world:?}");
+            assert!(!is_lost || Duration::from_nanos(world.now) < 2 * STRANDED_MAX, "{world:?}");
             lost += u32::from(is_lost);
         }
     }

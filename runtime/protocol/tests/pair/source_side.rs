@@ -101,10 +101,10 @@ impl World {
                 self.after(pause, Happening::Ask(life));
             }
             Action::Serve => self.serve(),
-            Action::Rejoin { pause } => {
+            Action::Rejoin { pause, reopen } => {
                 self.lose_link();
                 let pause = ns(pause) + self.a_while();
-                self.after(pause, Happening::Rejoin(life));
+                self.after(pause, Happening::Rejoin(life, reopen));
             }
             Action::Kill => {
                 self.source_tasks = Tasks::Absent;
@@ -184,10 +184,9 @@ impl World {
     }
 
     /// The agent is asked first; a worker that still lacks pages gets new connections, where that is known how to do.
-    pub(crate) fn rejoin(&mut self) {
-        let pages_left = self.source.as_ref().is_some_and(Source::leaves_pages);
+    pub(crate) fn rejoin(&mut self, reopen: bool) {
         match self.answer() {
-            Some(FateAnswer::Filling) if pages_left && self.reopens => {
+            Some(FateAnswer::Filling) if reopen && self.reopens => {
                 self.open_link();
                 self.feed_target(target::Event::Rejoined);
                 if !self.is_answering() {

@@ -45,7 +45,7 @@ pub(crate) enum Happening {
     SourceLosesLink(u32),
     TargetLosesLink(u32),
     Ask(u32),
-    Rejoin(u32),
+    Rejoin(u32, bool),
     /// What the target lacks comes over the new link.
     Lacking(u32),
     Resolve,
@@ -317,7 +317,7 @@ impl World {
             Happening::Lacking(life) if life == self.source_life => {
                 self.feed_source(source::Event::Rejoined);
             }
-            Happening::Rejoin(life) if life == self.source_life => self.rejoin(),
+            Happening::Rejoin(life, reopen) if life == self.source_life => self.rejoin(reopen),
             Happening::ToTarget(event) | Happening::AtTarget(event) => self.feed_target(event),
             Happening::Page => self.page_came(),
             Happening::Resolve => {
