@@ -283,10 +283,15 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
             Action::SendRoundReceived(round) => self.say(&Message::RoundReceived { round }),
             Action::SendReceived => self.say(&Message::Received),
             Action::Restore => self.restore(),
-            Action::SendRestored => self.say(&Message::Restored),
+            Action::SendRestored => {
+                self.say(&Message::Restored);
+                // All memory is registered by now: what is here may be put in place before the tasks ask for it.
+                if let Some(memory) = &self.memory {
+                    memory.begin_working_set();
+                }
+            }
             Action::Record(decision) => self.tell(self.recorded(decision)),
             Action::Resume => {
-                // All memory is registered by now: what is here may be put in place before the tasks ask for it.
                 if let Some(memory) = &self.memory {
                     memory.fill();
                 }

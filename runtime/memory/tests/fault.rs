@@ -207,6 +207,49 @@ fn a_store_gives_its_memory_back_while_pages_are_installed() {
     }
 }
 
+/// Goal: what tasks will want first is there before they run, and nothing else.
+#[test]
+fn the_working_set_is_filled_in_alone_and_the_rest_behind() {
+    let pages = 4096;
+    let source = Arc::new(Computed::default());
+    let plan = |range: PageRange| {
+        source.start.store(range.start(), Ordering::SeqCst);
+        [range].into_iter().collect()
+    };
+    let Some(restored) = Restored::new(pages, plan, source.clone()) else { return };
+    let start = restored.arena.range().start();
+    let range = |first: u64, count: u64| {
+        PageRange::new(start + first * PAGE_BYTES, start + (first + count) * PAGE_BYTES).unwrap()
+    };
+    // Apart, twice, overlapping, and of a process that is not here.
+    let working_set =
+        [(PID, range(7, 1)), (PID, range(4000, 90)), (PID, range(3990, 20)), (PID, range(7, 1))];
+    let nobodys = (PID + 1, range(100, 1));
+    while restored.server.progress().spaces == 0 {
+        std::thread::yield_now();
+    }
+    restored.server.begin_working_set(&[&working_set[..], &[nobodys]].concat());
+    assert!(restored.server.wait_working_set(LIMIT));
+    let wanted: PageSet = {
+        let mut ranges = working_set.map(|(_, range)| range);
+        ranges.sort_unstable_by_key(|range| range.start());
+        ranges.into_iter().collect()
+    };
+    let begin = Instant::now();
+    while restored.server.progress().installed_behind_pages < wanted.pages() {
+        assert!(begin.elapsed() < LIMIT, "what a thread has in hand");
+    }
+    assert_eq!(restored.server.progress().installed_behind_pages, wanted.pages());
+    assert_eq!(restored.server.progress().held_pages, pages - wanted.pages());
+    restored.finish_restore();
+    assert!(restored.server.wait_drained(LIMIT).unwrap());
+    assert_eq!(source.lent.load(Ordering::SeqCst), pages);
+    for page in 0..pages {
+        assert_eq!(restored.arena.load(page * 512 + page % 512), word(page));
+    }
+    assert_eq!(restored.server.progress().local.count, 0, "no fault was needed");
+}
+
 #[test]
 fn pages_in_a_mapping_that_was_split_are_installed_all_the_same() {
     let source = Arc::new(Computed::default());

@@ -105,10 +105,24 @@ impl Memory {
         Ok(())
     }
 
-    /// Puts pages into their tasks, which CRIU holds complete from here on, and tells when that is done.
+    /// Begins to put those pages into their tasks which were written last, and which they will want first. CRIU holds the
+    /// tasks complete from here on, while the source is asked to commit.
+    pub(super) fn begin_working_set(&self) {
+        if let Some(server) = self.gate.server.get() {
+            server.begin_working_set(&self.gate.lock().written_last);
+        }
+    }
+
+    /// Puts the other pages into their tasks, when those of the working set are there or a moment has passed, and tells
+    /// when that is done.
     pub(super) fn fill(&self) {
         let gate = Arc::clone(&self.gate);
         if let Some(server) = gate.server.get() {
+            if !server.wait_working_set(WORKING_SET_MAX) {
+                log::info!(
+                    "the working set is not in place after {WORKING_SET_MAX:?}: the container runs without"
+                );
+            }
             server.begin_fill();
         }
         let body = move || {
@@ -164,6 +178,10 @@ struct State {
     marked: Option<u32>,
     images_complete: bool,
     is_complete: bool,
+    /// Pages with contents that the latest round with any has brought, but for the first; and those of the round that is
+    /// under way.
+    written_last: Vec<(i32, PageRange)>,
+    coming: Vec<(i32, PageRange)>,
     /// Pages that came after the plan was kept, and before there was a server.
     early: Vec<(i32, PageRange)>,
 }
@@ -301,6 +319,9 @@ impl Arrivals for Gate {
             return;
         }
         state.marked = Some(round);
+        if !state.coming.is_empty() {
+            state.written_last = std::mem::take(&mut state.coming);
+        }
         (self.tell)(Event::RoundComplete(round));
         drop(state);
         self.check();
@@ -322,6 +343,8 @@ impl Arrivals for Gate {
                 Some(server) => server.arrived(space, pages),
                 None => state.early.push((space, pages)),
             }
+        } else if state.marked.is_some() {
+            state.coming.push((space, pages));
         }
         Ok(())
     }
@@ -384,4 +407,7 @@ impl Requester for Requests {
 
 /// As many zeros as are put into a task at a time.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+/// How long the container waits for pages that it will want first: in less than that it would miss them one by one, but
+/// it stands still meanwhile.
+const WORKING_SET_MAX: Duration = Duration::from_millis(10);
 const DRAIN_POLL: Duration = Duration::from_millis(100);

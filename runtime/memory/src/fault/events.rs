@@ -10,7 +10,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use super::handover::{self, Message, SOCKET_NAME};
 use super::origin::Origin;
-use super::server::{Shared, call};
+use super::server::{Filling, Shared, call};
 use super::space::Space;
 use crate::{MemoryError, Result};
 
@@ -101,7 +101,7 @@ impl Events {
             Ok(Message::Zombie) => Ok(()),
             Ok(Message::Restored) => {
                 let mut state = self.shared.lock();
-                (state.restored, state.filling) = (true, true);
+                (state.restored, state.filling) = (true, Filling::All);
                 let missing = std::mem::take(&mut state.plan);
                 drop(state);
                 self.shared.changed.notify_all();

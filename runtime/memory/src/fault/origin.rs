@@ -54,6 +54,11 @@ impl Origin {
         }
     }
 
+    /// Has pages filled in before others.
+    pub(super) fn prefer(&self, pages: PageRange) {
+        self.for_each(|space| space.prefer(pages));
+    }
+
     /// What has not come, of what any of its spaces needs. Nothing may arrive meanwhile.
     pub(super) fn lacking(&self) -> Lacking {
         let mut lacking = Lacking::default();

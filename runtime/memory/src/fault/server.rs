@@ -92,6 +92,18 @@ pub(super) struct Shared {
     fault_ms: AtomicU64,
 }
 
+/// What may be filled in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Filling {
+    /// Nothing: CRIU has not registered all memory yet.
+    #[default]
+    No,
+    /// What was pushed to the front.
+    WorkingSet,
+    /// Everything.
+    All,
+}
+
 #[derive(Default)]
 pub(super) struct State {
     /// Pages of tasks that CRIU has not handed over yet.
@@ -101,7 +113,7 @@ pub(super) struct State {
     pub(super) spaces: BTreeMap<u64, Arc<Space>>,
     pub(super) spaces_seen: u64,
     pub(super) restored: bool,
-    pub(super) filling: bool,
+    pub(super) filling: Filling,
     pub(super) stopping: bool,
     pub(super) drained: bool,
     failure: Option<MemoryError>,
@@ -205,10 +217,37 @@ impl FaultServer {
         state.spaces.values().map(duplicate).collect()
     }
 
-    /// Begins to fill pages in before CRIU says that all is restored: once it has registered all memory, which
-    /// it has when it asks before resuming the tasks.
+    /// Begins to fill in pages that the tasks will want first, named as the source names them, and no others yet. CRIU
+    /// must have registered all memory, which it has when it asks before resuming the tasks.
+    pub fn begin_working_set(&self, working_set: &[(i32, PageRange)]) {
+        let mut state = self.shared.lock();
+        for (pid, pages) in working_set {
+            if let Some(origin) = state.origins.get(pid).and_then(Weak::upgrade) {
+                origin.prefer(*pages);
+            }
+        }
+        if state.filling == Filling::No {
+            state.filling = Filling::WorkingSet;
+        }
+        drop(state);
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits until what is to be filled in first is in its tasks, but for what a thread has in hand; false when `limit`
+    /// passed first.
+    pub fn wait_working_set(&self, limit: Duration) -> bool {
+        let is_left = |state: &mut State| {
+            state.filling == Filling::WorkingSet && state.spaces.values().any(|space| space.has_ready())
+        };
+        let state = self.shared.lock();
+        let waited = self.shared.changed.wait_timeout_while(state, limit, is_left);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
+    /// Begins to fill pages in before CRIU says that all is restored: once it has registered all memory, as for
+    /// [`FaultServer::begin_working_set`].
     pub fn begin_fill(&self) {
-        self.shared.lock().filling = true;
+        self.shared.lock().filling = Filling::All;
         self.shared.changed.notify_all();
     }
 
@@ -318,7 +357,7 @@ impl Shared {
         let origin = {
             let state = self.lock();
             // Before, criu has not registered all memory yet.
-            let origin = state.origins.get(&pid).filter(|_| state.filling);
+            let origin = state.origins.get(&pid).filter(|_| state.filling == Filling::All);
             origin.and_then(Weak::upgrade)
         };
         let taken = origin.map(|origin| origin.bring(pages, contents, &self.service)).transpose()?.flatten();
@@ -366,9 +405,14 @@ impl Shared {
     fn fill(&self) {
         let mut turn = 0_usize;
         loop {
-            let spaces: Vec<Arc<Space>> = {
+            let (spaces, filling): (Vec<Arc<Space>>, _) = {
                 let is_idle = |state: &mut State| {
-                    let has_work = state.filling && state.spaces.values().any(|space| space.held() > 0);
+                    let mut spaces = state.spaces.values();
+                    let has_work = match state.filling {
+                        Filling::No => false,
+                        Filling::WorkingSet => spaces.any(|space| space.has_ready()),
+                        Filling::All => spaces.any(|space| space.held() > 0),
+                    };
                     !state.stopping && !has_work
                 };
                 let state =
@@ -376,22 +420,27 @@ impl Shared {
                 if state.stopping {
                     return;
                 }
-                state.spaces.values().cloned().collect()
+                (state.spaces.values().cloned().collect(), state.filling)
             };
             turn = turn.wrapping_add(1);
-            if !self.fill_round(&spaces, turn) {
+            if !self.fill_round(&spaces, turn, filling) {
                 // Changes are read by the event thread; others' claims end in a moment.
                 std::thread::sleep(Duration::from_micros(100));
+            }
+            if filling == Filling::WorkingSet {
+                // With the lock taken, so that who waits has looked before this, or looks after it.
+                drop(self.lock());
+                self.changed.notify_all();
             }
         }
     }
 
     /// One step for each space, beginning with another each time; whether anything was done.
-    fn fill_round(&self, spaces: &[Arc<Space>], turn: usize) -> bool {
+    fn fill_round(&self, spaces: &[Arc<Space>], turn: usize, filling: Filling) -> bool {
         let mut any = false;
         for index in 0..spaces.len() {
             let space = &spaces[(index + turn) % spaces.len()];
-            match space.fill(&self.service, self.fill_pages()) {
+            match space.fill(&self.service, self.fill_pages(), filling) {
                 Ok(filled) => any |= filled == Filled::More,
                 Err(error) => {
                     self.fail(error);

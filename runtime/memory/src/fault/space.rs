@@ -11,6 +11,7 @@ use godwit_sys::userfaultfd::{EVENTS_MAX, Event, Installed, Stop, Userfaultfd};
 use super::latency::Histogram;
 use super::ledger::{Claim, Lacking, Ledger, State};
 use super::origin::Origin;
+use super::server::Filling;
 use super::{FaultConfig, Lent};
 use crate::{MemoryError, PageSet, Result};
 
@@ -121,6 +122,16 @@ impl Space {
         if self.has_exited() { 0 } else { self.read().outstanding() }
     }
 
+    /// Whether pages are to be filled in before others.
+    pub(super) fn has_ready(&self) -> bool {
+        !lock(&self.ready).is_empty()
+    }
+
+    /// Has pages filled in before others, if they are held. Before the task has run: it has moved nothing yet.
+    pub(super) fn prefer(&self, pages: PageRange) {
+        lock(&self.ready).push_back(pages);
+    }
+
     /// Whether faults are left to be tried again.
     pub(super) fn has_kept(&self) -> bool {
         !lock(&self.kept).is_empty()
@@ -178,15 +189,17 @@ impl Space {
         (children, answer)
     }
 
-    /// Installs the next pages behind the task's back.
-    pub(super) fn fill(&self, service: &Service, pages_max: u64) -> Result<Filled> {
+    /// Installs the next pages behind the task's back, of those that may be filled in.
+    pub(super) fn fill(&self, service: &Service, pages_max: u64, filling: Filling) -> Result<Filled> {
         if self.has_exited() {
             return Ok(Filled::Nothing);
         }
         let ledger = self.read();
-        let claim = self.claim_ready(&ledger, pages_max);
-        let Some(claim) = claim.or_else(|| ledger.claim_next(self.cursor.load(Ordering::Relaxed), pages_max))
-        else {
+        let next = || match filling {
+            Filling::All => ledger.claim_next(self.cursor.load(Ordering::Relaxed), pages_max),
+            Filling::WorkingSet | Filling::No => None,
+        };
+        let Some(claim) = self.claim_ready(&ledger, pages_max).or_else(next) else {
             // What others have claimed comes back, or is done, in a moment.
             return Ok(if ledger.held() == 0 { Filled::Nothing } else { Filled::Later });
         };
