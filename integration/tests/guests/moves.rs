@@ -25,7 +25,8 @@ pub(super) fn cases() -> Vec<PairCase> {
             memhog_goes_by_every_mode
             memhog_goes_by_rounds_by_soft_dirty_bits
             redis_keeps_every_key_in_every_mode
-            redis_keeps_every_key_in_rounds_by_soft_dirty_bits;
+            redis_keeps_every_key_in_rounds_by_soft_dirty_bits
+            source_worker_killed_while_pages_are_missing_is_replaced;
         NEWER:
             self_checking_program_goes_to_a_newer_kernel_by_every_mode
             memhog_goes_to_a_newer_kernel
@@ -57,6 +58,28 @@ fn redis_keeps_every_key_in_every_mode(guests: &Guests) -> Outcome {
 
 fn redis_keeps_every_key_in_rounds_by_soft_dirty_bits(guests: &Guests) -> Outcome {
     by_soft_dirty_bits(guests, serves)
+}
+
+/// The tasks that CRIU let go when its worker died are still frozen, by a cgroup of version 2, and have the pages.
+fn source_worker_killed_while_pages_are_missing_is_replaced(guests: &Guests) -> Outcome {
+    with_sources_that_lack(guests, NOTHING)?;
+    let (here, there) = (guests.guest(NodeName::A), guests.guest(NodeName::B));
+    run_checked(here)?;
+    let before = findings(here)?;
+    // 16 MiB take five seconds.
+    here.sh("tc qdisc replace dev eth0 root tbf rate 25mbit burst 256kb latency 50ms")?;
+    let is_filling = format!("godwit status {CHECKED} --json 2>/dev/null | grep -q '\"filling\"'");
+    let worker = "$(grep -la '[m]igrate-source' /proc/[0-9]*/cmdline 2>/dev/null | cut -d / -f 3)";
+    here.sh(&format!(
+        "(for _ in $(seq 3000); do \
+           if {is_filling}; then kill -9 {worker} && touch /run/killed; break; fi; sleep 0.1; \
+         done) >/dev/null 2>&1 </dev/null &"
+    ))?;
+    let report = here.migrate(CHECKED, Mode::Postcopy)?;
+    here.sh("tc qdisc del dev eth0 root; rm /run/killed")?;
+    assert_eq!(report.pages.duplicate, 0, "{report:?}");
+    assert_whole(there, before)?;
+    there.remove(CHECKED)
 }
 
 fn by_every_mode(guests: &Guests, moves: fn(&Guests, &[Mode]) -> Outcome) -> Outcome {

@@ -310,8 +310,8 @@ fn serving_sends_each_page_once() {
 }
 
 /// Goal: after streams that broke amid the pages, others bring what had not come, once each, and what tasks wait for first.
-/// Method: streams that are broken some times after some more pages have come, each time another main link, and a count
-/// of how often each page came.
+/// Method: streams that are broken three times when what is waited for has come, each time another main link, and then
+/// a push; with a count of how often each page came.
 #[test]
 fn streams_that_broke_are_followed_by_others() {
     let target = Target::new(2, 64 << 20);
@@ -322,41 +322,37 @@ fn streams_that_broke_are_followed_by_others() {
         let told = target.ears.pages.lock().unwrap();
         told.keys().map(|(_, address)| PageRange::page_at(*address)).collect()
     };
-    for breaks in 0..4 {
+    for wanted in [CHUNK_BYTES, 3 * CHUNK_BYTES / 2, 3 * PAGE_BYTES, 0] {
+        let is_last = wanted == 0;
         let lacking = all.difference(&come());
-        let missed = PageRange::page_at(lacking.ranges().last().unwrap().end() - PAGE_BYTES);
-        *target.ears.waited_for.lock().unwrap() = vec![(3, [missed].into_iter().collect())];
+        let first = lacking.ranges()[0].start();
+        let waited_for: PageSet = PageRange::new(first, first + wanted).into_iter().collect();
+        *target.ears.waited_for.lock().unwrap() = vec![(3, waited_for.clone())];
         let source = target.source(2);
         let work = [SpaceWork { space: 3, pid: own_pid(), dirty: lacking, ..SpaceWork::default() }];
-        let served = thread::scope(|scope| {
+        thread::scope(|scope| {
             let (push, begin_push) = channel();
             let (source, work) = (&source, &work);
             let serving = scope.spawn(move || source.serve(work, &begin_push));
-            while !come().contains(missed.start()) {
+            while !waited_for.difference(&come()).is_empty() {
                 thread::yield_now();
             }
-            push.send(()).unwrap();
-            if breaks < 3 {
-                let enough = come().pages() + arena.range().pages() / 8;
-                while come().pages() < enough {
-                    thread::yield_now();
-                }
+            if is_last {
+                push.send(()).unwrap();
+            } else {
                 source.stop();
             }
-            serving.join().unwrap()
+            assert_eq!(serving.join().unwrap().is_ok(), is_last);
         });
-        if served.is_ok() {
+        if is_last {
             target.wait_mark(ROUND_LAST);
             break;
         }
-        // Either may be first: the end of the streams, or the new link.
         let mut link = Link::connect("127.0.0.1", target.port).unwrap();
         link.send(&Message::Rejoin { migration: migration() }).unwrap();
+        // The end of the streams may be heard of before, or not at all.
         while !matches!(target.heard.recv_timeout(PATIENCE).unwrap(), Heard::Main) {}
-        assert!(
-            !target.receiver.request(3, page(&arena, 0)),
-            "nobody can be asked between two fault streams"
-        );
+        assert!(!target.receiver.request(3, page(&arena, 0)), "nobody is there to be asked");
         target.receiver.reopen();
     }
     target.check(3, &arena, &all);
