@@ -236,11 +236,11 @@ fn the_working_set_is_filled_in_alone_and_the_rest_behind() {
         ranges.into_iter().collect()
     };
     let begin = Instant::now();
-    while restored.server.progress().installed_behind_pages < wanted.pages() {
+    while restored.server.progress().held_pages > pages - wanted.pages() {
         assert!(begin.elapsed() < LIMIT, "what a thread has in hand");
     }
-    assert_eq!(restored.server.progress().installed_behind_pages, wanted.pages());
     assert_eq!(restored.server.progress().held_pages, pages - wanted.pages());
+    assert_eq!(restored.server.progress().installed_behind_pages, wanted.pages());
     restored.finish_restore();
     assert!(restored.server.wait_drained(LIMIT).unwrap());
     assert_eq!(source.lent.load(Ordering::SeqCst), pages);
