@@ -287,6 +287,8 @@ fn await_phase(job: &mut Job, what: &str, mut is_so: impl FnMut() -> bool) -> Ou
     let deadline = Instant::now() + PATIENCE;
     while !is_so() {
         if !job.is_running() || Instant::now() > deadline {
+            // What it wrote may still be on its way.
+            job.await_stdout("}").ok();
             return Err(Trouble::Garbled {
                 what: "a phase of a migration",
                 text: format!("{what}: never; {}", job.stdout()),

@@ -3,12 +3,14 @@
 //! CRIU makes the processes, namespaces and mounts; what it gets from outside is prepared here, in the order
 //! in which the parts need each other:
 //! ```text
-//! state directory claimed (and the cgroup's path written, so that `delete --force` can always clean up)
-//!   private mount namespace: root file system bound, mount points made        (gone with this process)
-//!     CRIU started, with the pipes and namespaces it shall use
-//!       cgroup made, CRIU moved into it: what it forks is in it from the first instruction
-//!         request -> setup-namespaces: loopback, hooks -> terminal -> post-restore: pid known, state written
-//!           -> decide -> tasks run
+//! private mount namespace                                                     (gone with this process)
+//!   CRIU started, with the pipes and namespaces it may use
+//!     images awaited ([`restore_when`])
+//!       state directory claimed (and the cgroup's path written, so that `delete --force` can always clean up)
+//!         root file system bound, mount points made
+//!           cgroup made, CRIU moved into it: what it forks is in it from the first instruction
+//!             request -> setup-namespaces: loopback, hooks -> terminal -> post-restore: pid known, state written
+//!               -> decide -> tasks run
 //! ```
 //! The restored init is a sibling of CRIU, so a child of this process and, when that ends, of the nearest
 //! subreaper (containerd's shim). libcontainer's verbs and ours then take the container as any other.
@@ -25,15 +27,16 @@
 
 mod cgroups;
 mod mount_points;
+mod ready;
 
 use std::fs::{self, DirBuilder, File};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use godwit_criu::{Notification, Options, Program, Request, Script, Session, Setup, page_images};
+use godwit_criu::{Notification, Options, Program, Request, Script, page_images};
 use godwit_sys::freezer::FreezerState;
 use godwit_sys::mount::Mounted;
 use godwit_sys::pidfd::PidFd;
@@ -51,6 +54,7 @@ use crate::checkpoint::{CgroupsMode, Decision, descriptors, make_directory, path
 use crate::error::{ContainerError, causes};
 use crate::state::{Store, Stored, read_json};
 use crate::{cgroup, create, lifecycle};
+use ready::{Ready, Way};
 
 /// Where a restore is held while `decide` is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -137,32 +141,69 @@ pub fn restore(
     options: &RestoreOptions,
     decide: impl FnOnce(i32) -> Decision,
 ) -> Result<Stored> {
-    let plan = Plan::new(store, id, options)?;
-    plan.claim(store)?;
-    // Mounts made for CRIU, and those it makes, must not outlive it in the host's namespace.
-    let answer = mountns::leave_for_private().map_err(CheckpointError::from).and_then(|outer| {
-        let answer = plan.attempt(store, &outer, decide);
-        mountns::enter(&outer)?;
-        answer
-    });
-    answer.inspect_err(|_| plan.undo(store))
+    let place = Place::new(store, id, options)?;
+    let plan = Plan::new(place, options.hold)?;
+    let way = Way::of(&plan.shortcuts);
+    in_private(|outer| {
+        let ready = Ready::start(&Program::find()?, &plan.place.spec, options.shell_job, way)?;
+        plan.carry_out(store, outer, ready, decide)
+    })
 }
 
-/// Everything that is known before anything is changed.
+/// As [`restore`], of images that are still to come: prepares what can be, then calls `begin`, which returns when they
+/// are there, and says where to ask `decide`; or nothing, if they will not come.
+///
+/// # Errors
+/// As [`restore`], and [`CheckpointError::Abandoned`] if there are no images.
+pub fn restore_when(
+    store: &Store,
+    id: &str,
+    options: &RestoreOptions,
+    begin: impl FnOnce() -> io::Result<Option<Hold>>,
+    decide: impl FnOnce(i32) -> Decision,
+) -> Result<Stored> {
+    let place = Place::new(store, id, options)?;
+    in_private(|outer| {
+        let program = Program::find()?;
+        let ready = Ready::start(&program, &place.spec, options.shell_job, Way::expected(&place.spec))?;
+        let hold = begin().map_err(CheckpointError::file(&place.options.image_path))?;
+        let plan = Plan::new(place, hold.ok_or(CheckpointError::Abandoned)?)?;
+        let way = Way::of(&plan.shortcuts);
+        let ready = ready.in_way(&program, &plan.place.spec, options.shell_job, way)?;
+        plan.carry_out(store, outer, ready, decide)
+    })
+}
+
+/// Mounts made for CRIU, and those it makes, must not outlive it in the host's namespace.
+fn in_private<T>(action: impl FnOnce(&File) -> Result<T>) -> Result<T> {
+    let outer = mountns::leave_for_private()?;
+    let answer = action(&outer);
+    mountns::enter(&outer)?;
+    answer
+}
+
+/// What is known before there are images.
 #[derive(Debug)]
-struct Plan {
+struct Place {
     id: String,
     directory: PathBuf,
     bundle: PathBuf,
     rootfs: PathBuf,
     spec: Spec,
-    descriptors: Vec<String>,
-    shortcuts: Shortcuts,
     work_path: PathBuf,
     options: RestoreOptions,
 }
 
-impl Plan {
+/// Everything that is known before anything is changed.
+#[derive(Debug)]
+struct Plan {
+    place: Place,
+    hold: Hold,
+    descriptors: Vec<String>,
+    shortcuts: Shortcuts,
+}
+
+impl Place {
     fn new(store: &Store, id: &str, options: &RestoreOptions) -> Result<Self> {
         let directory = store.directory(id)?;
         let bundle = fs::canonicalize(&options.bundle).map_err(CheckpointError::file(&options.bundle))?;
@@ -175,59 +216,69 @@ impl Plan {
         options.pid_file = options.pid_file.as_deref().map(absolute).transpose()?;
         options.console_socket = options.console_socket.as_deref().map(absolute).transpose()?;
         let work_path = absolute(options.work_path.as_deref().unwrap_or(&options.image_path))?;
-        let descriptors = descriptors::read(&options.image_path)?;
-        page_images::check_complete(&options.image_path)?;
-        let shortcuts = Shortcuts::read(&options.image_path)?;
-        Ok(Self {
-            id: id.to_owned(),
-            directory,
-            bundle,
-            rootfs,
-            spec,
-            descriptors,
-            shortcuts,
-            work_path,
-            options,
-        })
+        Ok(Self { id: id.to_owned(), directory, bundle, rootfs, spec, work_path, options })
+    }
+}
+
+impl Plan {
+    fn new(place: Place, hold: Hold) -> Result<Self> {
+        let images = &place.options.image_path;
+        let descriptors = descriptors::read(images)?;
+        page_images::check_complete(images)?;
+        let shortcuts = Shortcuts::read(images)?;
+        Ok(Self { place, hold, descriptors, shortcuts })
+    }
+
+    fn carry_out(
+        &self,
+        store: &Store,
+        outer: &File,
+        ready: Ready,
+        decide: impl FnOnce(i32) -> Decision,
+    ) -> Result<Stored> {
+        self.claim(store)?;
+        let answer = self.attempt(store, outer, ready, decide);
+        if answer.is_err() {
+            // Where hooks run that see the container end.
+            mountns::run_in(outer, || self.undo(store))?;
+        }
+        answer
     }
 
     /// Takes the id, and writes what a forced `delete` needs to find the cgroup.
     fn claim(&self, store: &Store) -> Result<()> {
         fs::create_dir_all(store.root()).map_err(ContainerError::file(store.root()))?;
-        match DirBuilder::new().create(&self.directory) {
+        match DirBuilder::new().create(&self.place.directory) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                return Err(ContainerError::AlreadyExists { id: self.id.clone() }.into());
+                return Err(ContainerError::AlreadyExists { id: self.place.id.clone() }.into());
             }
-            other => other.map_err(ContainerError::file(&self.directory))?,
+            other => other.map_err(ContainerError::file(&self.place.directory))?,
         }
-        YoukiConfig::from_spec(&self.spec, &self.id).and_then(|config| config.save(&self.directory)).map_err(
-            |error| {
-                let source = std::io::Error::other(causes(&error));
+        YoukiConfig::from_spec(&self.place.spec, &self.place.id)
+            .and_then(|config| config.save(&self.place.directory))
+            .map_err(|error| {
+                let source = io::Error::other(causes(&error));
                 self.undo(store);
-                ContainerError::File { path: self.directory.clone(), source }.into()
-            },
-        )
+                ContainerError::File { path: self.place.directory.clone(), source }.into()
+            })
     }
 
-    fn attempt(&self, store: &Store, outer: &File, decide: impl FnOnce(i32) -> Decision) -> Result<Stored> {
-        make_directory(&self.work_path)?;
-        let root = Root::bind(&self.rootfs, &self.directory)?;
-        mount_points::prepare(&self.spec, &self.rootfs)?;
+    fn attempt(
+        &self,
+        store: &Store,
+        outer: &File,
+        ready: Ready,
+        decide: impl FnOnce(i32) -> Decision,
+    ) -> Result<Stored> {
+        make_directory(&self.place.work_path)?;
+        let root = Root::bind(&self.place.rootfs, &self.place.directory)?;
+        mount_points::prepare(&self.place.spec, &self.place.rootfs)?;
         let mut container = self.container()?;
-        let mut setup = Setup::new();
-        let inherited = self.inherit(&mut setup)?;
-        let program = Program::find()?;
+        let inherited = ready.inherited(&self.descriptors)?;
+        let mut session = ready.session;
         scratch::cover(&self.used())?;
         let outside = self.make_tmpfs()?;
-        if !self.shortcuts.is_empty() {
-            setup.without_breakpoints();
-        }
-        let mut session = if self.shortcuts.network {
-            netns::run_in_new(|| Session::start(&program, setup))??
-        } else {
-            Session::start(&program, setup)?
-        };
-        let cgroups = cgroups::join(&self.spec, &container, &self.directory, session.pid())?;
+        let cgroups = cgroups::join(&self.place.spec, &container, &self.place.directory, session.pid())?;
         let request = self.request(root.path(), inherited, &cgroups, &outside)?;
         session.send(Request::Restore(request))?;
         let mut conversation = Conversation {
@@ -252,33 +303,39 @@ impl Plan {
             log::warn!("{error}");
         }
         let stored = stored.ok_or_else(|| CheckpointError::NoCheckpoint {
-            path: self.options.image_path.clone(),
+            path: self.place.options.image_path.clone(),
             reason: "criu restored nothing".to_owned(),
         })?;
         thaw(&stored)?;
         if let Some(pid) = stored.pid() {
-            create::write_pid(self.options.pid_file.as_deref(), pid)?;
+            create::write_pid(self.place.options.pid_file.as_deref(), pid)?;
         }
         Ok(stored)
     }
 
     /// Returns the paths that are to be reached while CRIU works.
     fn used(&self) -> Vec<&Path> {
-        let options = &self.options;
-        let mut used: Vec<&Path> = vec![&self.bundle, &self.rootfs, &self.work_path, &options.image_path];
+        let options = &self.place.options;
+        let mut used: Vec<&Path> =
+            vec![&self.place.bundle, &self.place.rootfs, &self.place.work_path, &options.image_path];
         used.extend(options.pid_file.as_deref());
         used.extend(options.console_socket.as_deref());
-        let mounts = self.spec.mounts().iter().flatten();
+        let mounts = self.place.spec.mounts().iter().flatten();
         used.extend(mounts.filter_map(|mount| mount.source().as_deref()));
         used
     }
 
     fn container(&self) -> Result<Container> {
-        let mut container =
-            Container::new(&self.id, ContainerStatus::Creating, None, &self.bundle, &self.directory)
-                .map_err(|error| ContainerError::Process { detail: causes(&error) })?;
-        container.set_systemd(self.options.systemd_cgroup);
-        container.set_annotations(self.spec.annotations().clone());
+        let mut container = Container::new(
+            &self.place.id,
+            ContainerStatus::Creating,
+            None,
+            &self.place.bundle,
+            &self.place.directory,
+        )
+        .map_err(|error| ContainerError::Process { detail: causes(&error) })?;
+        container.set_systemd(self.place.options.systemd_cgroup);
+        container.set_annotations(self.place.spec.annotations().clone());
         Ok(container)
     }
 
@@ -286,35 +343,13 @@ impl Plan {
     fn make_tmpfs(&self) -> Result<Outside> {
         let mut outside = Outside { directories: Vec::new(), mounts: Vec::new() };
         for (index, tmpfs) in self.shortcuts.tmpfs.iter().enumerate() {
-            let path = self.directory.join(format!("tmpfs-{index}"));
+            let path = self.place.directory.join(format!("tmpfs-{index}"));
             fs::create_dir(&path).map_err(CheckpointError::file(&path))?;
             outside.directories.push(path.clone());
             tmpfs.make(&path)?;
             outside.mounts.push((tmpfs.key.clone(), path_text(&path)?.to_owned()));
         }
         Ok(outside)
-    }
-
-    /// Hands over pipes and namespaces; key and CRIU's number of each.
-    fn inherit(&self, setup: &mut Setup) -> Result<Vec<(String, i32)>> {
-        let mut inherited = Vec::new();
-        for (key, number) in descriptors::pipes(&self.descriptors) {
-            let fd = standard_descriptor(number).map_err(CheckpointError::file("stdio"))?;
-            inherited.push((key.to_owned(), setup.inherit_fd(fd)));
-        }
-        for (kind, path) in external::namespaces(&self.spec) {
-            let (Some((name, key)), Some(path)) = (external::external_key(kind), path) else { continue };
-            let file = File::open(path).map_err(|error| CheckpointError::Namespace {
-                kind: name,
-                path: path.to_owned(),
-                reason: error.to_string(),
-            })?;
-            inherited.push((key.to_owned(), setup.inherit_fd(file.into())));
-        }
-        if self.options.shell_job {
-            setup.stdin(standard_descriptor(0).map_err(CheckpointError::file("stdin"))?);
-        }
-        Ok(inherited)
     }
 
     fn request(
@@ -324,8 +359,8 @@ impl Plan {
         cgroups: &cgroups::Joined,
         tmpfs: &Outside,
     ) -> Result<Options> {
-        let options = &self.options;
-        let mut criu = Options::new(&options.image_path, &self.work_path, LOG_NAME)?
+        let options = &self.place.options;
+        let mut criu = Options::new(&options.image_path, &self.place.work_path, LOG_NAME)?
             .root(path_text(root)?)
             .restore_sibling(true)
             .evasive_devices(true)
@@ -343,7 +378,7 @@ impl Plan {
         for (key, number) in inherited {
             criu = criu.inherit_fd(&key, number);
         }
-        for (kind, path) in external::namespaces(&self.spec) {
+        for (kind, path) in external::namespaces(&self.place.spec) {
             let Some(path) = path.filter(|_| external::external_key(kind).is_none()) else { continue };
             if kind == LinuxNamespaceType::Cgroup {
                 return Err(CheckpointError::Namespace {
@@ -354,7 +389,7 @@ impl Plan {
             }
             criu = criu.join_namespace(external::namespace_name(kind), path_text(path)?);
         }
-        for (key, source) in external::restored_mounts(&self.spec, &self.rootfs)? {
+        for (key, source) in external::restored_mounts(&self.place.spec, &self.place.rootfs)? {
             criu = criu.external_mount(&key, &source);
         }
         for (key, source) in &cgroups.mounts {
@@ -372,15 +407,15 @@ impl Plan {
         if let Some(context) = &options.lsm_mount_context {
             criu = criu.lsm_mount_context(context);
         }
-        if let Some(file) = external::config_file(&self.spec) {
+        if let Some(file) = external::config_file(&self.place.spec) {
             criu = criu.config_file(&file);
         }
         Ok(criu)
     }
 
     fn undo(&self, store: &Store) {
-        if let Err(error) = lifecycle::delete(store, &self.id, true) {
-            log::warn!("clean up after failed restore of {}: {error}", self.id);
+        if let Err(error) = lifecycle::delete(store, &self.place.id, true) {
+            log::warn!("clean up after failed restore of {}: {error}", self.place.id);
         }
     }
 }
@@ -404,7 +439,7 @@ impl<D: FnOnce(i32) -> Decision> Conversation<'_, D> {
             (Script::OrphanPtsMaster, _) => self.hand_over_terminal(notification.fd),
             (Script::PostRestore, Some(pid)) => {
                 let container = self.container.clone();
-                let rootfs = self.plan.rootfs.clone();
+                let rootfs = self.plan.place.rootfs.clone();
                 let label = ContainerStatus::Running;
                 self.stored = Some(Stored::record_process(self.store, container, pid, rootfs, label)?);
                 self.ask(Hold::PostRestore)
@@ -415,7 +450,7 @@ impl<D: FnOnce(i32) -> Decision> Conversation<'_, D> {
     }
 
     fn ask(&mut self, point: Hold) -> Result<()> {
-        if self.plan.options.hold != point {
+        if self.plan.hold != point {
             return Ok(());
         }
         let (Some(decide), Some(pid)) = (self.decide.take(), self.container_pid()) else { return Ok(()) };
@@ -439,10 +474,10 @@ impl<D: FnOnce(i32) -> Decision> Conversation<'_, D> {
 
     /// The namespaces of the restored init exist, nothing runs in them yet.
     fn set_up(&mut self, pid: i32) -> Result<()> {
-        if create::has_new_network(&self.plan.spec) {
+        if create::has_new_network(&self.plan.place.spec) {
             netns::bring_loopback_up(pid)?;
         }
-        let Some(hooks) = self.plan.spec.hooks() else { return Ok(()) };
+        let Some(hooks) = self.plan.place.spec.hooks() else { return Ok(()) };
         let mut state = self.container.state.clone();
         state.pid = Some(pid);
         state.status = ContainerStatus::Created;
@@ -461,7 +496,7 @@ impl<D: FnOnce(i32) -> Decision> Conversation<'_, D> {
     }
 
     fn hand_over_terminal(&self, master: Option<OwnedFd>) -> Result<()> {
-        let path = self.plan.options.console_socket.clone().unwrap_or_default();
+        let path = self.plan.place.options.console_socket.clone().unwrap_or_default();
         let failed = |reason: String| CheckpointError::Console { path: path.clone(), reason };
         if path.as_os_str().is_empty() {
             return Err(failed("the container has a terminal, so --console-socket is needed".to_owned()));
@@ -553,14 +588,6 @@ fn reap(stored: Option<&Stored>) {
         && !matches!(process::reap(pid, REAP_LIMIT), Ok(Some(_)))
     {
         log::warn!("restored init {pid} has not ended");
-    }
-}
-
-fn standard_descriptor(number: usize) -> std::io::Result<OwnedFd> {
-    match number {
-        0 => std::io::stdin().as_fd().try_clone_to_owned(),
-        1 => std::io::stdout().as_fd().try_clone_to_owned(),
-        _ => std::io::stderr().as_fd().try_clone_to_owned(),
     }
 }
 

@@ -78,13 +78,20 @@ pub trait Restorer: Clone + Send + 'static {
     /// Returns where CRIU works, and looks for the server of page faults.
     fn work_path(&self) -> &Path;
 
-    /// Restores from the images in the directory `images`; with `lazy_pages` memory that is not in them comes from the
+    /// Prepares what can be, and calls `begin`, which returns when all images are in the directory `images`, or false if
+    /// they will not come. Then restores from them; with `lazy_pages` memory that is not in them comes from the
     /// server of page faults. `decide` is called when the container is held, complete
     /// and stopped; it may take its time. Returns the process id of its init, which runs.
     ///
     /// # Errors
     /// What went wrong, or that the container was given up; nothing of it is left then.
-    fn restore(&self, images: &Path, lazy_pages: bool, decide: impl FnOnce() -> Word) -> Result<i32, Cause>;
+    fn restore(
+        &self,
+        images: &Path,
+        lazy_pages: bool,
+        begin: impl FnOnce() -> bool,
+        decide: impl FnOnce() -> Word,
+    ) -> Result<i32, Cause>;
 
     /// Returns the command of a process that watches over the container should this one die while pages are still to
     /// come (see [`crate::warden`]).
@@ -182,16 +189,20 @@ pub fn run(
         drop(reading);
     };
     thread::Builder::new().name("receive".to_owned()).spawn(body).map_err(TargetError::Thread)?;
+    let restoring = {
+        let tell = tell.clone();
+        let tell = move |event| drop(tell.send(event));
+        Restoring::start(restorer.clone(), images.path().to_owned(), memory.is_some(), tell)
+    };
     let mut worker = Worker {
         restorer,
         handover: &handover,
         record: &record,
-        images: &images,
         room_bytes,
         main,
         send,
         tell,
-        restoring: None,
+        restoring: Some(restoring.map_err(TargetError::Thread)?),
         memory,
         report,
         clock,
@@ -236,7 +247,6 @@ struct Worker<'w, C, R> {
     restorer: C,
     handover: &'w Handover,
     record: &'w Record,
-    images: &'w ImageDir,
     room_bytes: u64,
     main: MainLink,
     /// The sending half of the main link.
@@ -339,18 +349,13 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
     }
 
     fn restore(&mut self) {
-        let lazy_pages = self.memory.is_some();
         if let Some(memory) = &self.memory
             && let Err(cause) = memory.serve(self.restorer.work_path())
         {
             return self.tell(Event::Failed { cause: causes(cause.as_ref()) });
         }
-        let tell = self.tell.clone();
-        // A machine that has ended does not care.
-        let tell = move |event| drop(tell.send(event));
-        match Restoring::start(self.restorer.clone(), self.images.path().to_owned(), lazy_pages, tell) {
-            Ok(restoring) => self.restoring = Some(restoring),
-            Err(error) => self.tell(Event::Failed { cause: format!("no thread can be started: {error}") }),
+        if let Some(restoring) = &self.restoring {
+            restoring.begin();
         }
     }
 

@@ -36,17 +36,25 @@ pub(crate) struct Shortcuts {
 impl Shortcuts {
     /// Finds what can be left out of the container with the init `pid`, which may run.
     pub(crate) fn find(spec: &Spec, pid: i32) -> Self {
-        // In a user namespace what is made here would belong to somebody else.
-        if external::namespaces(spec).any(|(kind, _)| kind == LinuxNamespaceType::User) {
+        if !Self::may_be_taken(spec) {
             return Self::default();
         }
-        let network = external::namespaces(spec)
-            .any(|(kind, path)| kind == LinuxNamespaceType::Network && path.is_none());
         let tmpfs = tmpfs::find(pid).unwrap_or_else(|error| {
             log::debug!("file systems in memory are left to criu: {error}");
             Vec::new()
         });
-        Self { network: network && has_no_tcp(pid), tmpfs }
+        Self { network: Self::may_leave_network(spec) && has_no_tcp(pid), tmpfs }
+    }
+
+    /// Whether anything can be left out: in a user namespace what is made here would belong to somebody else.
+    pub(crate) fn may_be_taken(spec: &Spec) -> bool {
+        external::namespaces(spec).all(|(kind, _)| kind != LinuxNamespaceType::User)
+    }
+
+    /// Whether the network can be left out, if there is no TCP in it.
+    pub(crate) fn may_leave_network(spec: &Spec) -> bool {
+        let is_own = |(kind, path): (_, Option<_>)| kind == LinuxNamespaceType::Network && path.is_none();
+        Self::may_be_taken(spec) && external::namespaces(spec).any(is_own)
     }
 
     /// Whether nothing was left out.

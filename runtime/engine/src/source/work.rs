@@ -278,6 +278,10 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
             link.breaker.break_link();
         }
         self.with_memory(Memory::stop);
+        log::warn!(
+            migration = self.order.migration.as_str(), side = "source", reopen;
+            "the target is looked for again: it runs the container, and has not said that it has all pages"
+        );
         let (news, bulk_count) = (self.teller.clone(), self.stream_count());
         let (request, migration) = (self.order.request.clone(), self.order.migration.clone());
         thread::spawn(move || {

@@ -1,11 +1,11 @@
 //! Restores a container of this host with CRIU.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::{fs, io};
 
 use godwit_container::checkpoint::Decision;
-use godwit_container::restore::{Hold, RestoreOptions, restore};
+use godwit_container::restore::{Hold, RestoreOptions, restore_when};
 use godwit_container::{Store, lifecycle};
 use godwit_memory::fault;
 use godwit_protocol::plan::Abilities;
@@ -45,18 +45,24 @@ impl Restorer for CriuRestorer {
         Some(command)
     }
 
-    fn restore(&self, images: &Path, lazy_pages: bool, decide: impl FnOnce() -> Word) -> Result<i32, Cause> {
+    fn restore(
+        &self,
+        images: &Path,
+        lazy_pages: bool,
+        begin: impl FnOnce() -> bool,
+        decide: impl FnOnce() -> Word,
+    ) -> Result<i32, Cause> {
         let options = RestoreOptions {
             work_path: Some(self.work_path.clone()),
             pid_file: self.pid_file.clone(),
             console_socket: self.console_socket.clone(),
             systemd_cgroup: self.systemd_cgroup,
-            hold: hold_for(images)?,
             terse_log: !log::log_enabled!(log::Level::Debug),
             lazy_pages,
             ..RestoreOptions::new(&self.bundle, images)
         };
-        let stored = restore(&self.store, &self.id, &options, |_| match decide() {
+        let begin = || begin().then(|| hold_for(images)).transpose();
+        let stored = restore_when(&self.store, &self.id, &options, begin, |_| match decide() {
             Word::Resume => Decision::Commit,
             Word::GiveUp => Decision::Rollback,
         })?;
@@ -78,7 +84,7 @@ pub fn abilities(user_namespace: bool) -> Abilities {
 
 /// With connections to keep, the network has to stay locked while the container is held, so that no packet is
 /// answered by a container that may yet be given up. Without, less is left to fail at the later point.
-fn hold_for(images: &Path) -> Result<Hold, Cause> {
+fn hold_for(images: &Path) -> io::Result<Hold> {
     for entry in fs::read_dir(images)? {
         if entry?.file_name().to_string_lossy().starts_with("tcp-stream") {
             return Ok(Hold::PostRestore);

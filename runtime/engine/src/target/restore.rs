@@ -1,4 +1,5 @@
-//! The thread in which a container is restored: it reports that the container is held, and waits for the word.
+//! The thread in which a container is restored: it prepares what can be, waits for the word that all images are there,
+//! reports that the container is held, and waits for the word about it.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -13,12 +14,21 @@ use crate::text::causes;
 /// A restore under way, held, or done.
 #[derive(Debug)]
 pub(super) struct Restoring {
-    word: Sender<Word>,
+    word: Sender<Go>,
     thread: JoinHandle<bool>,
 }
 
+/// What the thread waits for, one after the other. Nothing at all means that the container is given up.
+#[derive(Debug)]
+enum Go {
+    /// All images are there.
+    Begin,
+    /// The container may run.
+    Resume,
+}
+
 impl Restoring {
-    /// Starts to restore, and tells `tell` when the container is held, when it runs, and what went wrong.
+    /// Starts to prepare, and tells `tell` when the container is held, when it runs, and what went wrong.
     pub(super) fn start(
         restorer: impl Restorer,
         images: PathBuf,
@@ -31,9 +41,18 @@ impl Restoring {
         Ok(Self { word, thread })
     }
 
+    /// Says that all images are there.
+    pub(super) fn begin(&self) {
+        self.say(Go::Begin);
+    }
+
     /// Lets the held container run.
     pub(super) fn resume(&self) {
-        if self.word.send(Word::Resume).is_err() {
+        self.say(Go::Resume);
+    }
+
+    fn say(&self, go: Go) {
+        if self.word.send(go).is_err() {
             log::warn!("a restore that has failed is told to go on");
         }
     }
@@ -56,15 +75,18 @@ fn run(
     restorer: &impl Restorer,
     images: &Path,
     lazy_pages: bool,
-    words: &Receiver<Word>,
+    words: &Receiver<Go>,
     tell: impl Fn(Event),
 ) -> bool {
+    let begin = || words.recv().is_ok();
     let held = || {
         tell(Event::Held);
-        // A closed channel means that the migration was given up.
-        words.recv().unwrap_or(Word::GiveUp)
+        match words.recv() {
+            Ok(_) => Word::Resume,
+            Err(_) => Word::GiveUp,
+        }
     };
-    match restorer.restore(images, lazy_pages, held) {
+    match restorer.restore(images, lazy_pages, begin, held) {
         Ok(pid) => {
             tell(Event::Running { pid });
             true

@@ -28,7 +28,16 @@ impl Restorer for PretendedRestorer {
         None
     }
 
-    fn restore(&self, images: &Path, lazy_pages: bool, decide: impl FnOnce() -> Word) -> Result<i32, Cause> {
+    fn restore(
+        &self,
+        images: &Path,
+        lazy_pages: bool,
+        begin: impl FnOnce() -> bool,
+        decide: impl FnOnce() -> Word,
+    ) -> Result<i32, Cause> {
+        if !begin() {
+            return Err("no images came".into());
+        }
         assert!(!lazy_pages, "the pages are in the images");
         *self.got.lock().expect("no thread panicked") = fs::read(images.join("pages-1.img"))?;
         assert_eq!(fs::read(images.join("inventory.img"))?, b"inventory");
