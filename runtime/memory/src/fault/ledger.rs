@@ -206,8 +206,7 @@ impl Ledger {
         for ((from, address), page) in self.located(origin) {
             // Counted first: once it is held, others may install it and count it off.
             self.held.fetch_add(1, Ordering::AcqRel);
-            let came =
-                replace(page, State::Requested, State::Held) || replace(page, State::Remote, State::Held);
+            let came = leave_remote(page, State::Held);
             if came {
                 self.remote.fetch_sub(1, Ordering::AcqRel);
                 held.insert(PageRange::page_at(address));
@@ -229,7 +228,7 @@ impl Ledger {
     pub fn claim_arriving(&self, origin: PageRange) -> Vec<Claim> {
         let mut claims: Vec<Claim> = Vec::new();
         for ((from, address), page) in self.located(origin) {
-            if !replace(page, State::Remote, State::Busy) && !replace(page, State::Requested, State::Busy) {
+            if !leave_remote(page, State::Busy) {
                 continue;
             }
             match claims.last_mut() {
@@ -421,6 +420,12 @@ fn state(page: &AtomicU8) -> State {
         6 => State::Requested,
         _ => State::Dropped,
     }
+}
+
+/// Puts a page that is `Remote` or `Requested` into another state; whether it was one of them. In this order: somebody
+/// may ask for it between the two looks, and nobody takes a request back.
+fn leave_remote(page: &AtomicU8, to: State) -> bool {
+    replace(page, State::Remote, to) || replace(page, State::Requested, to)
 }
 
 /// Replaces one state by another; whether it was that one.

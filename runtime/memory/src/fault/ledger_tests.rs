@@ -277,3 +277,52 @@ fn a_claim_ends_where_lending_must() {
     assert_eq!(ledger.claim_next(0, 100).unwrap().pages.pages(), 6);
     assert_eq!(ledger.claim_next(0, 100), None);
 }
+
+/// Goal: a page that is asked for at the moment when it arrives has arrived. Method: two threads that meet at each page,
+/// and then one asks for it and the other brings it, after pauses of every length in turn.
+#[test]
+fn a_request_overtakes_no_arrival() {
+    const PAGES: u64 = 50_000;
+    let pause = |turns: u64| (0..turns).for_each(|_| std::hint::spin_loop());
+    // The other may need this processor.
+    let await_that = |is_so: &dyn Fn() -> bool| {
+        for turn in 0.. {
+            if is_so() {
+                return;
+            }
+            if turn % 1000 == 999 { std::thread::yield_now() } else { std::hint::spin_loop() }
+        }
+    };
+    for brings in [false, true] {
+        let remote: PageSet = [pages(0, PAGES)].into_iter().collect();
+        let ledger = Ledger::new(&SpacePlan { remote, ..SpacePlan::default() });
+        let (there, asked) = (AtomicU64::new(0), AtomicU64::new(0));
+        let lost = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for page in 0..PAGES {
+                    await_that(&|| there.load(Ordering::Acquire) > page);
+                    pause(page % 7);
+                    ledger.request(page * PAGE_BYTES, 1);
+                    asked.store(page + 1, Ordering::Release);
+                }
+            });
+            let mut lost = 0;
+            for page in 0..PAGES {
+                there.store(page + 1, Ordering::Release);
+                pause(page % 31);
+                let came = if brings {
+                    let claims = ledger.claim_arriving(pages(page, 1));
+                    claims.iter().for_each(|claim| ledger.settle_arriving(*claim, 1));
+                    claims.len()
+                } else {
+                    ledger.arrive(pages(page, 1)).held.len()
+                };
+                lost += usize::from(came != 1);
+                await_that(&|| asked.load(Ordering::Acquire) > page);
+            }
+            lost
+        });
+        assert_eq!(lost, 0);
+        assert_eq!((ledger.remote(), ledger.held()), (0, if brings { 0 } else { PAGES }));
+    }
+}
