@@ -129,8 +129,36 @@ fn auto_that_does_not_converge_goes_on_as_postcopy_where_allowed(stage: &Stage) 
     BIG.assert_whole(&moved, &before)
 }
 
+/// Without the pages it misses, a container can neither go on nor go back: it has to be ended, at both ends, and
+/// whoever asked is told that it is lost.
+///
+/// On a busy machine the worker may be found only when the last page has come. Then the container has moved, whole,
+/// and another one is disturbed.
 fn target_worker_killed_while_pages_are_missing_ends_the_container_and_says_so(stage: &Stage) -> Outcome {
-    is_ended_in_postcopy(stage, |id| kill(&stage.b, &["godwit", "migrate-target", id]))
+    for _ in 0..ATTEMPTS {
+        let (container, before, _) = big(stage)?;
+        let there = Container::adopt(&stage.b, container.id());
+        let slow = Shaped::link(stage, SLOWER)?;
+        let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Postcopy, &[])?;
+        if await_resumed(&mut job, BIG, &there)? {
+            // A worker that is not found has done its work, and the answer says so.
+            kill(&stage.b, &["godwit", "migrate-target", container.id()]).ok();
+        }
+        let answer = Answer::read(job.wait()?)?;
+        drop(slow);
+        if answer.code == 0 {
+            BIG.assert_whole(&there, &before)?;
+            continue;
+        }
+        let fate = answer.text("fate").to_owned();
+        assert_eq!(fate, "lost", "{}", answer.text("error.cause"));
+        assert!(!answer.text("error.cause").is_empty());
+        await_ended(&there, &before)?;
+        let here = container.state()?;
+        assert!(here != Some(Status::Running), "it runs on the source, and has run on the target");
+        return Ok(());
+    }
+    Err(missing("a migration that still lacks pages"))
 }
 
 fn source_worker_killed_while_pages_are_missing_is_replaced(stage: &Stage) -> Outcome {
@@ -181,38 +209,6 @@ fn is_whole_after_postcopy(stage: &Stage, disturb: impl Fn(&str) -> Result<bool,
         if disturbed {
             return Ok(());
         }
-    }
-    Err(missing("a migration that still lacks pages"))
-}
-
-/// Without the pages it misses, a container can neither go on nor go back: it has to be ended, at both ends, and
-/// whoever asked is told that it is lost.
-///
-/// On a busy machine the worker may be found only when the last page has come. Then the container has moved, whole,
-/// and another one is disturbed.
-fn is_ended_in_postcopy(stage: &Stage, disturb: impl Fn(&str) -> Outcome) -> Outcome {
-    for _ in 0..ATTEMPTS {
-        let (container, before, _) = big(stage)?;
-        let there = Container::adopt(&stage.b, container.id());
-        let slow = Shaped::link(stage, SLOWER)?;
-        let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Postcopy, &[])?;
-        if await_resumed(&mut job, BIG, &there)? {
-            // A worker that is not found has done its work, and the answer says so.
-            disturb(container.id()).ok();
-        }
-        let answer = Answer::read(job.wait()?)?;
-        drop(slow);
-        if answer.code == 0 {
-            BIG.assert_whole(&there, &before)?;
-            continue;
-        }
-        let fate = answer.text("fate").to_owned();
-        assert_eq!(fate, "lost", "{}", answer.text("error.cause"));
-        assert!(!answer.text("error.cause").is_empty());
-        await_ended(&there, &before)?;
-        let here = container.state()?;
-        assert!(here != Some(Status::Running), "it runs on the source, and has run on the target");
-        return Ok(());
     }
     Err(missing("a migration that still lacks pages"))
 }

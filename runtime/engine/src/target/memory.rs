@@ -178,8 +178,8 @@ struct State {
     marked: Option<u32>,
     images_complete: bool,
     is_complete: bool,
-    /// Pages with contents that the latest round with any has brought, but for the first; and those of the round that is
-    /// under way.
+    /// Pages with contents that the latest round with any has brought, but for the first, up to a number of pieces; and
+    /// those of the round that is under way.
     written_last: Vec<(i32, PageRange)>,
     coming: Vec<(i32, PageRange)>,
     /// Pages that came after the plan was kept, and before there was a server.
@@ -343,7 +343,7 @@ impl Arrivals for Gate {
                 Some(server) => server.arrived(space, pages),
                 None => state.early.push((space, pages)),
             }
-        } else if state.marked.is_some() {
+        } else if state.marked.is_some() && state.coming.len() < WORKING_SET_RANGES_MAX {
             state.coming.push((space, pages));
         }
         Ok(())
@@ -410,4 +410,7 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 /// How long the container waits for pages that it will want first: in less than that it would miss them one by one, but
 /// it stands still meanwhile.
 const WORKING_SET_MAX: Duration = Duration::from_millis(10);
+/// More pieces than can be put in place in that time: a program that writes everything has no working set, and to name
+/// all of it would take longer than that.
+const WORKING_SET_RANGES_MAX: usize = 4096;
 const DRAIN_POLL: Duration = Duration::from_millis(100);
