@@ -27,6 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
         case!(target_worker_killed_while_pages_are_missing_ends_the_container_and_says_so).alone(),
         case!(source_worker_killed_while_pages_are_missing_is_replaced).alone(),
         case!(link_that_breaks_while_pages_are_missing_is_opened_again).alone(),
+        case!(link_that_breaks_behind_a_new_agent_is_opened_again).alone(),
         case!(network_that_is_away_while_pages_are_missing_is_awaited).alone().slow(),
         case!(target_worker_killed_while_filling_loses_no_page_unnoticed).alone(),
     ]
@@ -177,6 +178,18 @@ fn link_that_breaks_while_pages_are_missing_is_opened_again(stage: &Stage) -> Ou
             drop(cut);
             std::thread::sleep(Duration::from_secs(1));
         }
+        Ok(true)
+    })
+}
+
+/// The agent that gave the worker its link is killed, and the one that comes after it gives the worker another.
+fn link_that_breaks_behind_a_new_agent_is_opened_again(stage: &Stage) -> Outcome {
+    is_whole_after_postcopy(stage, |_| {
+        stage.b.node().stop_agent(Signal::SIGKILL);
+        stage.b.node().start_agent::<[&str; 0], _>([])?;
+        let cut = Rule::of(&stage.a, "out", "reject with tcp reset")?;
+        std::thread::sleep(Duration::from_millis(300));
+        drop(cut);
         Ok(true)
     })
 }

@@ -5,15 +5,19 @@
 //! agent  ──u32 length, with the TCP socket attached, then JSON──► worker      the main link
 //! agent  ──the same, for each page stream that joins later──────► worker
 //! agent  ──the same, for a main link in the place of a broken one► worker
+//!
+//! an agent that was started anew ──connects to the worker's own socket──► worker, which takes what comes later from it
 //! ```
 //! The worker says nothing; the agent keeps its end open and reads its end of file as "the worker is gone". What
 //! the worker decided is in the record (`crate::decision`).
 
+use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use godwit_protocol::offer::Needs;
@@ -22,6 +26,7 @@ use godwit_protocol::wire::pages::StreamId;
 use godwit_protocol::{MigrationId, Mode};
 use godwit_sys::SysError;
 use godwit_sys::fdpass;
+use nix::sys::socket;
 use serde::{Deserialize, Serialize};
 
 use crate::link::{Link, LinkError, LinkState};
@@ -59,6 +64,15 @@ pub enum HandoverError {
         #[source]
         source: io::Error,
     },
+    /// The worker's own socket cannot be used.
+    #[error("no agent that is started anew can find this worker at {}", .path.display())]
+    Listen {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The other side is gone or silent.
     #[error("the link was not handed over")]
     Broken(#[from] io::Error),
@@ -78,11 +92,32 @@ pub enum HandoverError {
 
 /// The worker's end of its connection to the agent, to be kept until the worker is done: its end tells the agent so.
 #[derive(Debug)]
-pub struct AgentEnd(UnixStream);
+pub struct AgentEnd(Arc<Connection>);
 
 /// What the worker takes the links from that come after the main link.
 #[derive(Debug)]
-pub struct Streams(UnixStream);
+pub struct Streams {
+    connection: Arc<Connection>,
+    successors: Option<Arc<Successors>>,
+}
+
+/// A worker's connection to the agent that there is now.
+#[derive(Debug)]
+struct Connection(Mutex<Ends>);
+
+#[derive(Debug)]
+struct Ends {
+    /// None when the worker is done.
+    agent: Option<UnixStream>,
+    successors: Option<Arc<Successors>>,
+}
+
+/// Where agents that were started anew find a worker.
+#[derive(Debug)]
+struct Successors {
+    listener: UnixListener,
+    path: PathBuf,
+}
 
 /// A link that comes after the main link.
 #[derive(Debug)]
@@ -173,7 +208,43 @@ pub fn take(path: &Path) -> Result<(Link, Handover, AgentEnd), HandoverError> {
     let (socket, json) = receive(&agent)?;
     let handover: Handover = serde_json::from_slice(&json).map_err(|error| malformed(error.to_string()))?;
     let link = Link::resume(socket, handover.link)?;
-    Ok((link, handover, AgentEnd(agent)))
+    let ends = Ends { agent: Some(agent), successors: None };
+    Ok((link, handover, AgentEnd(Arc::new(Connection(Mutex::new(ends))))))
+}
+
+/// Connects an agent that was started anew to the worker of `migration`, whose record is in `records`, to give it links
+/// that come later; `None` when there is no worker that takes any.
+///
+/// # Errors
+/// [`HandoverError::Listen`].
+pub fn find_worker(records: &Path, migration: &MigrationId) -> Result<Option<UnixStream>, HandoverError> {
+    let path = worker_socket(records, migration);
+    match UnixStream::connect(&path) {
+        Ok(worker) => Ok(Some(worker)),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            Ok(None)
+        }
+        Err(source) => Err(HandoverError::Listen { path, source }),
+    }
+}
+
+/// Removes the socket of a worker that was killed.
+pub fn forget_worker(records: &Path, migration: &MigrationId) {
+    remove_socket(&worker_socket(records, migration));
+}
+
+fn remove_socket(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            log::warn!(path:% = path.display(); "cannot remove a worker's socket: {error}");
+        }
+        _ => {}
+    }
+}
+
+/// Not `.sock`, which a new agent removes: those are its predecessor's, and this is a worker's.
+fn worker_socket(records: &Path, migration: &MigrationId) -> PathBuf {
+    records.join(format!("{migration}.later"))
 }
 
 fn receive(mut agent: &UnixStream) -> Result<(TcpStream, Vec<u8>), HandoverError> {
@@ -194,40 +265,87 @@ fn receive(mut agent: &UnixStream) -> Result<(TcpStream, Vec<u8>), HandoverError
 }
 
 impl AgentEnd {
-    /// Returns what takes the links that come later.
+    /// Returns what takes the links that come later, also from agents that are started anew: they find this worker by
+    /// `handover`.
     ///
     /// # Errors
-    /// [`HandoverError::Broken`] without a descriptor left.
-    pub fn streams(&self) -> Result<Streams, HandoverError> {
-        Ok(Streams(self.0.try_clone()?))
+    /// [`HandoverError::Listen`].
+    pub fn streams(&self, handover: &Handover) -> Result<Streams, HandoverError> {
+        let path = worker_socket(&handover.records, &handover.migration);
+        let successors = Arc::new(Successors::listen(path)?);
+        self.0.lock().successors = Some(Arc::clone(&successors));
+        Ok(Streams { connection: Arc::clone(&self.0), successors: Some(successors) })
     }
 }
 
 impl Drop for AgentEnd {
     fn drop(&mut self) {
-        // Also what takes streams ends, and with it the last copy of the descriptor. A socket that is not
+        // Also what takes streams ends, and with it the last copy of the descriptors. A socket that is not
         // connected any more is what is wanted.
-        drop(self.0.shutdown(Shutdown::Both));
+        let mut ends = self.0.lock();
+        if let Some(agent) = ends.agent.take() {
+            drop(agent.shutdown(Shutdown::Both));
+        }
+        if let Some(successors) = ends.successors.take() {
+            successors.close();
+        }
+    }
+}
+
+impl Connection {
+    /// Returns the connection to the agent; `None` when the worker is done.
+    fn agent(&self) -> Result<Option<UnixStream>, HandoverError> {
+        let agent = self.lock().agent.as_ref().map(UnixStream::try_clone).transpose()?;
+        // Between two links any time may pass.
+        agent.as_ref().map_or(Ok(()), |agent| agent.set_read_timeout(None))?;
+        Ok(agent)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Ends> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Successors {
+    fn listen(path: PathBuf) -> Result<Self, HandoverError> {
+        match UnixListener::bind(&path) {
+            Ok(listener) => Ok(Self { listener, path }),
+            Err(source) => Err(HandoverError::Listen { path, source }),
+        }
+    }
+
+    fn close(&self) {
+        // On Linux this wakes a thread that waits in accept; there is nothing else that could fail to be shut down.
+        socket::shutdown(self.listener.as_raw_fd(), socket::Shutdown::Both).ok();
+        remove_socket(&self.path);
     }
 }
 
 impl Streams {
     /// Takes links from this connection to an agent.
     #[cfg(test)]
-    pub(crate) const fn of(agent: UnixStream) -> Self {
-        Self(agent)
+    pub(crate) fn of(agent: UnixStream) -> Self {
+        let ends = Ends { agent: Some(agent), successors: None };
+        Self { connection: Arc::new(Connection(Mutex::new(ends))), successors: None }
     }
 
-    /// Waits for the next link; `None` when the agent, or this worker, has ended the connection.
+    /// Waits for the next link, from the agent or from one that is started anew; `None` when this worker has ended the
+    /// connection.
     ///
     /// # Errors
     /// [`HandoverError`]; nothing more can be taken then.
     pub fn take(&mut self) -> Result<Option<Later>, HandoverError> {
-        // Between two links any time may pass.
-        self.0.set_read_timeout(None)?;
-        let (socket, json) = match receive(&self.0) {
-            Err(HandoverError::Socket(SysError::Closed)) => return Ok(None),
-            received => received?,
+        let (socket, json) = loop {
+            let Some(agent) = self.connection.agent()? else { return Ok(None) };
+            match receive(&agent) {
+                Err(HandoverError::Socket(SysError::Closed)) => {}
+                // One that died in the midst of giving: the link is closed with it.
+                Err(HandoverError::Broken(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+                received => break received?,
+            }
+            if !self.await_successor()? {
+                return Ok(None);
+            }
         };
         let LaterGiven { what, link } =
             serde_json::from_slice(&json).map_err(|error| malformed(error.to_string()))?;
@@ -237,6 +355,19 @@ impl Streams {
             What::Fault => Later::Stream(JoinedStream { stream: StreamId::Fault, link }),
             What::Main => Later::Main(link),
         }))
+    }
+
+    /// Waits for an agent in the place of one that is gone; false when this worker is done first.
+    fn await_successor(&self) -> Result<bool, HandoverError> {
+        let Some(successors) = &self.successors else { return Ok(false) };
+        let accepted = successors.listener.accept();
+        let mut ends = self.connection.lock();
+        if ends.agent.is_none() {
+            return Ok(false);
+        }
+        ends.agent = Some(accepted?.0);
+        log::info!("an agent that was started anew is here");
+        Ok(true)
     }
 }
 
@@ -257,6 +388,19 @@ mod tests {
 
     use super::*;
 
+    fn handover(records: &Path, link: LinkState) -> Handover {
+        Handover {
+            images: Images::Cache,
+            streams: None,
+            migration: "m".to_owned().try_into().unwrap(),
+            id: "web".to_owned(),
+            mode: Mode::Native,
+            needs: Needs::default(),
+            records: records.to_owned(),
+            link,
+        }
+    }
+
     #[test]
     fn a_link_works_on_in_other_hands() {
         let directory = tempfile::tempdir().unwrap();
@@ -266,7 +410,7 @@ mod tests {
             let (mut link, handover, agent) = take(&path).unwrap();
             assert_eq!(link.receive().unwrap(), Message::BlobsEnd);
             link.send(&Message::Ready { room_bytes: 1 }).unwrap();
-            let mut streams = agent.streams().unwrap();
+            let mut streams = agent.streams(&handover).unwrap();
             for expected in [StreamId::Bulk(3), StreamId::Fault] {
                 let Some(Later::Stream(mut joined)) = streams.take().unwrap() else { panic!("no stream") };
                 assert_eq!(joined.stream, expected);
@@ -291,16 +435,7 @@ mod tests {
         });
         let mut link = Link::accept(tcp.accept().unwrap().0).unwrap();
         assert_eq!(link.receive().unwrap(), Message::Commit);
-        let handover = Handover {
-            images: Images::Cache,
-            streams: None,
-            migration: "m".to_owned().try_into().unwrap(),
-            id: "web".to_owned(),
-            mode: Mode::Native,
-            needs: Needs::default(),
-            records: directory.path().to_owned(),
-            link: link.state(),
-        };
+        let handover = handover(directory.path(), link.state());
         let (connection, _) = agent.accept().unwrap();
         give(&connection, link, handover.clone()).unwrap();
         for stream in [StreamId::Bulk(3), StreamId::Fault] {
@@ -320,6 +455,43 @@ mod tests {
         let mut rest = Vec::new();
         (&connection).read_to_end(&mut rest).unwrap();
         assert!(rest.is_empty());
+    }
+
+    #[test]
+    fn an_agent_that_is_started_anew_finds_the_worker_until_that_is_done() {
+        let directory = tempfile::tempdir().unwrap();
+        let migration: MigrationId = "m".to_owned().try_into().unwrap();
+        let find = || find_worker(directory.path(), &migration).unwrap();
+        assert!(find().is_none());
+        let tcp = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let link = || {
+            let near = TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
+            let source = thread::spawn(move || Link::accept(near).unwrap());
+            let link = Link::accept(tcp.accept().unwrap().0).unwrap();
+            drop(source.join().unwrap());
+            link
+        };
+        let (first, worker) = UnixStream::pair().unwrap();
+        let ends = Ends { agent: Some(worker), successors: None };
+        let held = AgentEnd(Arc::new(Connection(Mutex::new(ends))));
+        let mut streams = held.streams(&handover(directory.path(), link().state())).unwrap();
+        let taking = thread::spawn(move || {
+            let taken = [streams.take().unwrap(), streams.take().unwrap()];
+            (taken.map(|later| later.is_some()), streams.take().unwrap().is_none())
+        });
+        // It is there before the first one is gone, and another dies in the midst of giving.
+        let second = find().unwrap();
+        assert_eq!(fdpass::send(&first, &9_u32.to_le_bytes(), &[link().as_fd()]).unwrap(), 4);
+        drop(first);
+        give_stream(&second, StreamId::Fault, link()).unwrap();
+        drop(second);
+        let third = find().unwrap();
+        give_again(&third, link()).unwrap();
+        drop(third);
+        drop(held);
+        assert_eq!(taking.join().unwrap(), ([true, true], true));
+        assert!(find().is_none());
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 
     #[test]

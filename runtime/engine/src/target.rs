@@ -168,7 +168,7 @@ pub fn run(
             let store = store(&handover, &images, room_bytes)?;
             let warden = restorer.warden().map(Warden::start).transpose().map_err(TargetError::Warden)?;
             let received = Memory::receive(
-                agent.streams()?,
+                agent.streams(&handover)?,
                 bulk_count,
                 store,
                 handover.images,

@@ -330,13 +330,18 @@ impl Drop for Name {
     }
 }
 
-/// Settles what earlier agents left unfinished, each in a thread that waits for its worker to end. The names of the
-/// containers are taken when this returns, until then.
+/// Settles what earlier agents left unfinished, each in a thread that waits for its worker to end, and meanwhile lets
+/// join it what has to. The names of the containers are taken when this returns, until then.
 fn settle_left_overs(shared: &Arc<Shared>) -> Result<(), NodeError> {
     for left in target::LeftOver::find(&shared.directory)? {
         let name = Name::share(shared, left.name());
         thread::spawn(move || {
-            if let Err(error) = left.settle(&name.shared.containerd, &name.shared.directory) {
+            let mut entry = None;
+            let migration = left.migration().clone();
+            let while_it_lives = || {
+                entry = entry.take().or_else(|| streams::Entry::of_earlier(&name.shared, &migration));
+            };
+            if let Err(error) = left.settle(&name.shared.containerd, &name.shared.directory, while_it_lives) {
                 log::error!("cannot settle an earlier migration of {}: {error}", name.name.1);
             }
         });

@@ -46,11 +46,31 @@ impl Entry {
     ) -> (Self, T) {
         let worker = Arc::new(Mutex::new(Worker { socket, joined: BTreeSet::new() }));
         let locked = lock(&worker);
-        let shared = Arc::clone(&seat.shared);
-        shared.state().workers.insert(migration.clone(), Arc::clone(&worker));
+        let entry = Self::of(&seat.shared, migration, Arc::clone(&worker));
         let given = give(&locked.socket);
         drop(locked);
-        (Self { shared, migration: migration.clone() }, given)
+        (entry, given)
+    }
+
+    /// Enters the worker to which an earlier agent gave the main link; `None` when it takes nothing that joins, or not
+    /// yet.
+    pub(super) fn of_earlier(shared: &Arc<Shared>, migration: &MigrationId) -> Option<Self> {
+        match handover::find_worker(&shared.directory, migration) {
+            Ok(socket) => {
+                let worker = Worker { socket: socket?, joined: BTreeSet::new() };
+                log::info!(migration:%; "found the worker of a migration that an earlier agent began");
+                Some(Self::of(shared, migration, Arc::new(Mutex::new(worker))))
+            }
+            Err(error) => {
+                log::warn!(migration:%; "{error}");
+                None
+            }
+        }
+    }
+
+    fn of(shared: &Arc<Shared>, migration: &MigrationId, worker: Arc<Mutex<Worker>>) -> Self {
+        shared.state().workers.insert(migration.clone(), worker);
+        Self { shared: Arc::clone(shared), migration: migration.clone() }
     }
 }
 

@@ -231,8 +231,10 @@ fn page_streams_reach_the_worker_of_their_migration_and_no_other() {
     let (entry, given) =
         streams::Entry::enter(&seat, &migration, socket, |worker| handover::give(worker, link, handover));
     given.unwrap();
-    let (_link, _, agent) = worker.join().unwrap();
-    let mut joined = agent.streams().unwrap();
+    let (_link, handover, agent) = worker.join().unwrap();
+    let mut joined = agent.streams(&handover).unwrap();
+    let mut entry = Some(entry);
+    // The second time by way of an agent that was started anew.
     for _ in 0..2 {
         for stream in [StreamId::Bulk(1), StreamId::Fault] {
             let (_source, served) = join(&host, "m", stream);
@@ -248,11 +250,15 @@ fn page_streams_reach_the_worker_of_their_migration_and_no_other() {
         served.unwrap();
         let Some(handover::Later::Main(mut taken)) = joined.take().unwrap() else { panic!("no main link") };
         assert_eq!(taken.receive().unwrap(), Message::StreamMark { round: 5 });
+        entry.take();
+        entry = streams::Entry::of_earlier(&host.shared, &migration);
     }
+    assert!(entry.is_some());
     assert!(rejoin(&host, "other").0.unwrap_err().contains("no worker of migration other"));
     assert!(join(&host, "other", StreamId::Bulk(0)).0.unwrap_err().contains("no migration other"));
-    drop(entry);
+    drop(agent);
     assert!(joined.take().unwrap().is_none());
+    drop(entry);
     assert!(join(&host, "m", StreamId::Bulk(2)).0.unwrap_err().contains("no migration m"));
 }
 

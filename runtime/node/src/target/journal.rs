@@ -15,7 +15,7 @@ use containerd_client::{
     },
     tonic::Code,
 };
-use godwit_engine::decision::Record;
+use godwit_engine::{decision::Record, handover};
 use godwit_protocol::{MigrationId, fate::FateAnswer};
 use serde::{Deserialize, Serialize};
 
@@ -151,6 +151,10 @@ impl Journal {
     }
 
     fn remove(&self) {
+        if let Some(directory) = self.path.parent() {
+            // Left by a worker that was killed.
+            handover::forget_worker(directory, &self.migration);
+        }
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 log::warn!(path:% = self.path.display(); "cannot remove a journal: {error}");
@@ -199,13 +203,26 @@ impl LeftOver {
         (&self.journal.namespace, &self.journal.id)
     }
 
-    /// Waits for its worker to end, and settles it as its record in `directory` says.
+    /// Returns the migration's name.
+    #[must_use]
+    pub fn migration(&self) -> &MigrationId {
+        &self.journal.migration
+    }
+
+    /// Waits for its worker to end, and settles it as its record in `directory` says. `while_it_lives` is called now
+    /// and then until the worker has ended.
     ///
     /// # Errors
     /// [`NodeError`] if the record cannot be used or containerd refuses; it is left as it is then.
-    pub fn settle(mut self, address: &Path, directory: &Path) -> Result<(), NodeError> {
+    pub fn settle(
+        mut self,
+        address: &Path,
+        directory: &Path,
+        mut while_it_lives: impl FnMut(),
+    ) -> Result<(), NodeError> {
         let record = Record::of(directory, &self.journal.migration);
         while record.worker_is_alive()? {
+            while_it_lives();
             thread::sleep(SETTLE_POLL);
         }
         let journal = &mut self.journal;
