@@ -6,7 +6,7 @@ use std::time::Duration;
 use containerd_client::types::v1::Status;
 use godwit_integration::suite::{Answer, Container, Job, Outcome, Site, Trouble};
 use godwit_protocol::Mode;
-use godwit_protocol::report::{Report, Waits};
+use godwit_protocol::report::{Faults, Report, Waits};
 use godwit_sys::page_range::PageRange;
 use godwit_sys::pagemap_scan::{Pagemap, Region, Scan};
 
@@ -86,6 +86,7 @@ fn assert_sound(report: &Report, mode: Mode) {
     for waits in [report.faults.network, report.faults.local] {
         assert_waits(waits, &json);
     }
+    assert_threads(&report.faults, &json);
     if !matches!(mode, Mode::Postcopy | Mode::Hybrid | Mode::Auto) {
         assert_eq!(report.faults.network.count, 0, "nothing was left at the source: {json}");
     }
@@ -120,6 +121,14 @@ fn assert_waits(waits: Waits, context: impl Debug) {
     assert!(blocked_us >= max_us && (count > 0 || blocked_us == 0), "{context:?}");
 }
 
+/// Who waits for long is seen waiting.
+fn assert_threads(faults: &Faults, context: impl Debug) {
+    let waited_us = faults.network.blocked_us + faults.local.blocked_us;
+    assert!(waited_us < LONG_WAIT_US || !faults.threads.is_empty(), "{context:?}");
+    assert!(faults.threads.iter().all(|thread| thread.pid > 0 && thread.tid > 0), "{context:?}");
+    assert!(faults.threads.is_sorted_by(|one, next| one.blocked_us >= next.blocked_us), "{context:?}");
+}
+
 /// Claims that a container that was to move still runs here, untouched, and that nothing of it is there.
 pub(super) fn assert_stayed(container: &Container<'_>, pid: u32, there: &Container<'_>) -> Outcome {
     container.assert_runs()?;
@@ -128,5 +137,7 @@ pub(super) fn assert_stayed(container: &Container<'_>, pid: u32, there: &Contain
 }
 
 const PAGE_BYTES: u64 = 4096;
+/// So long do threads wait for pages, all together, that some have to be seen waiting, in microseconds.
+const LONG_WAIT_US: u64 = 2_000_000;
 /// How long a migration may take, or a program to check all of its memory, on a busy machine.
 pub(super) const PATIENCE: Duration = Duration::from_secs(120);

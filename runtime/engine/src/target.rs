@@ -97,6 +97,12 @@ pub trait Restorer: Clone + Send + 'static {
     /// come (see [`crate::warden`]).
     fn warden(&self) -> Option<Command>;
 
+    /// Returns the processes of the container that runs, by their ids on this host.
+    ///
+    /// # Errors
+    /// If they cannot be listed.
+    fn processes(&self) -> Result<Vec<i32>, Cause>;
+
     /// Removes the container after it was let run.
     ///
     /// # Errors
@@ -303,7 +309,8 @@ impl<C: Restorer, R: FnMut(&worker::Event)> Worker<'_, C, R> {
             Action::Record(decision) => self.tell(self.recorded(decision)),
             Action::Resume => {
                 if let Some(memory) = &self.memory {
-                    memory.fill();
+                    let restorer = self.restorer.clone();
+                    memory.fill(move || restorer.processes());
                 }
                 if let Some(restoring) = &self.restoring {
                     restoring.resume();

@@ -31,7 +31,7 @@
 //! such tasks hang instead, and can be ended.
 //!
 //! Latency of a fault is counted from the reading of its event to the answer. CRIU makes the descriptors without
-//! `UFFD_FEATURE_THREAD_ID`, and features cannot be added, so the time is not told apart by thread.
+//! `UFFD_FEATURE_THREAD_ID`, and features cannot be added, so which threads wait is found by samples ([`Waiters`]).
 //!
 //! Sources: CRIU 4.2.1 criu/uffd.c for the protocol; userfaultfd(2), kernel fs/userfaultfd.c and
 //! mm/userfaultfd.c (6.18) for the order of events and the meaning of errors.
@@ -44,6 +44,7 @@ mod origin;
 mod server;
 mod space;
 mod store;
+mod waiters;
 
 use godwit_sys::SysError;
 use godwit_sys::arena::Arena;
@@ -60,6 +61,7 @@ pub use latency::Latency;
 pub use ledger::{Arrived, Claim, Lacking, Ledger, State};
 pub use server::{FaultConfig, FaultServer, Progress, prefer_this_thread};
 pub use store::MemoryStore;
+pub use waiters::{ThreadWaited, Waiters};
 
 /// Where contents of pages come from. A page is named by the process as CRIU names it and the address it had
 /// at the source, wherever it has moved since.

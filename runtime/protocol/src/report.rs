@@ -144,16 +144,30 @@ pub struct Round {
 }
 
 /// What the restored tasks waited for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Faults {
     /// Faults whose page had to be fetched from the source.
     pub network: Waits,
     /// Faults whose page was at the target already.
     pub local: Waits,
+    /// The threads that waited longest for either, the longest first. A sample every few milliseconds, from the resume
+    /// on: CRIU makes the descriptors that faults come from so that a fault does not say whose it is.
+    #[serde(default)]
+    pub threads: Vec<ThreadWait>,
 }
 
-/// How long faults of one kind took. CRIU makes the descriptors that they come from so that the threads that wait
-/// cannot be told apart, so the time is that of all together.
+/// How long a thread waited for pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThreadWait {
+    /// Its process, by the id inside the container.
+    pub pid: i32,
+    /// The thread, by the id inside the container.
+    pub tid: i32,
+    /// How long, in microseconds.
+    pub blocked_us: u64,
+}
+
+/// How long faults of one kind took, all threads together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Waits {
     /// How many there were.
@@ -169,7 +183,7 @@ pub struct Waits {
 }
 
 /// What the target's worker says when every page is in its task.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct TargetMemory {
     /// What the tasks waited for.
     pub faults: Faults,

@@ -156,7 +156,7 @@ enum State {
 }
 
 /// What is known of a container that runs on the target.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Moved {
     /// The parts of the downtime.
     pub downtime: DowntimeParts,
@@ -456,14 +456,14 @@ impl Source {
 
     /// Returns what is known of the moved container, once it runs on the target.
     #[must_use]
-    pub const fn moved(&self) -> Option<Moved> {
+    pub const fn moved(&self) -> Option<&Moved> {
         match &self.state {
             State::Serving { moved }
             | State::Rejoining { moved }
             | State::Killing { moved, .. }
             | State::AwaitingRelease { moved }
-            | State::CleaningUp { moved } => Some(*moved),
-            State::Done { end: End::Migrated(moved) } => Some(*moved),
+            | State::CleaningUp { moved } => Some(moved),
+            State::Done { end: End::Migrated(moved) } => Some(moved),
             _ => None,
         }
     }

@@ -85,7 +85,7 @@ enum State {
 }
 
 /// What came before the record could say that the container runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 struct Early {
     /// A small container has all of its pages before the record is written.
     filled: Option<TargetMemory>,
@@ -434,7 +434,7 @@ fn decided(state: State, pages: Pages, event: Event) -> Next {
 impl Early {
     fn note(&mut self, event: &Event) {
         match event {
-            Event::Filled(memory) => self.filled = Some(*memory),
+            Event::Filled(memory) => self.filled = Some(memory.clone()),
             Event::LinkLost { .. } | Event::Abort { .. } | Event::Nonsense { .. } => self.link_lost = true,
             _ => {}
         }

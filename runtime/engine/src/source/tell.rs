@@ -37,7 +37,7 @@ impl<C: Checkpointer, T: FnMut(&worker::Event)> Worker<C, T> {
         let usage = Usage::so_far();
         let moved = source.moved();
         let resumed = moved.map(|moved| moved.resumed).unwrap_or_default();
-        let memory_there = moved.and_then(|moved| moved.memory).unwrap_or_default();
+        let memory_there = moved.and_then(|moved| moved.memory.clone()).unwrap_or_default();
         let downtime = moved.map_or_else(DowntimeParts::default, |moved| moved.downtime);
         let memory = self.sent.pages.load(Ordering::Relaxed);
         let (normal, zero) = (memory / PAGE_BYTES, self.sent.zero_pages.load(Ordering::Relaxed));

@@ -6,7 +6,7 @@ use std::{fs, io};
 
 use godwit_container::checkpoint::Decision;
 use godwit_container::restore::{Hold, RestoreOptions, restore_when};
-use godwit_container::{Store, lifecycle};
+use godwit_container::{Store, cgroup, lifecycle};
 use godwit_memory::fault;
 use godwit_protocol::plan::Abilities;
 
@@ -67,6 +67,10 @@ impl Restorer for CriuRestorer {
             Word::GiveUp => Decision::Rollback,
         })?;
         Ok(stored.pid().ok_or("the restored container has no init")?)
+    }
+
+    fn processes(&self) -> Result<Vec<i32>, Cause> {
+        Ok(cgroup::processes(&self.store.open(&self.id)?)?)
     }
 
     fn remove(&self) -> Result<(), Cause> {

@@ -15,13 +15,14 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use godwit_memory::fault::{
-    FaultConfig, FaultServer, Keeper, Lacking, Latency, MemoryStore, Requester, SpacePlan,
+    FaultConfig, FaultServer, Keeper, Lacking, Latency, MemoryStore, Requester, SpacePlan, ThreadWaited,
+    Waiters,
 };
 use godwit_memory::{MemoryError, PageRange, PageSet};
-use godwit_protocol::report::{Faults, TargetMemory, Waits};
+use godwit_protocol::report::{Faults, TargetMemory, ThreadWait, Waits};
 use godwit_protocol::request::Images;
 use godwit_protocol::target::Event;
 use godwit_protocol::wire::pages::{PAGE_BYTES, ROUND_LAST, Run};
@@ -114,8 +115,8 @@ impl Memory {
     }
 
     /// Puts the other pages into their tasks, when those of the working set are there or a moment has passed, and tells
-    /// when that is done.
-    pub(super) fn fill(&self) {
+    /// when that is done. `processes` are those of the container, by their ids on this host.
+    pub(super) fn fill(&self, processes: impl Fn() -> Result<Vec<i32>, Cause> + Send + 'static) {
         let gate = Arc::clone(&self.gate);
         if let Some(server) = gate.server.get() {
             if !server.wait_working_set(WORKING_SET_MAX) {
@@ -126,7 +127,7 @@ impl Memory {
             server.begin_fill();
         }
         let body = move || {
-            let event = match gate.wait_filled() {
+            let event = match gate.wait_filled(processes) {
                 Ok(memory) => Event::Filled(memory),
                 Err(cause) => Event::Failed { cause },
             };
@@ -274,16 +275,25 @@ impl Gate {
         Ok(())
     }
 
-    /// Waits until every page is in its task.
-    fn wait_filled(&self) -> Result<TargetMemory, String> {
+    /// Waits until every page is in its task, and looks meanwhile at what waits for one.
+    fn wait_filled(&self, processes: impl Fn() -> Result<Vec<i32>, Cause>) -> Result<TargetMemory, String> {
         let server = self.server.get().ok_or("the memory is not served")?;
-        while !server.wait_drained(DRAIN_POLL).map_err(|error| causes(&error))? {
-            self.note_peak();
+        let mut waiters = Waiters::begin();
+        let mut pause = Duration::ZERO;
+        let mut survey: Option<(Instant, Vec<i32>)> = None;
+        while !server.wait_drained(pause).map_err(|error| causes(&error))? {
+            if survey.as_ref().is_none_or(|(at, _)| at.elapsed() > SURVEY_PAUSE) {
+                self.note_peak();
+                // A container that is not known yet, or is on its way out, has none.
+                survey = Some((Instant::now(), processes().unwrap_or_default()));
+            }
+            pause = waiters.look(survey.as_ref().map_or(&[], |(_, processes)| processes));
         }
         let progress = server.progress();
         let usage = Usage::so_far();
+        let threads = waiters.longest(THREADS_MAX).into_iter().map(thread_wait).collect();
         Ok(TargetMemory {
-            faults: Faults { network: waits(progress.network), local: waits(progress.local) },
+            faults: Faults { network: waits(progress.network), local: waits(progress.local), threads },
             peak_bytes: usage.peak_bytes + self.peak_bytes.load(Ordering::Relaxed),
             duplicate_pages: self
                 .arrived_pages
@@ -394,6 +404,11 @@ fn waits(latency: Latency) -> Waits {
     Waits { count, p50_us, p99_us, max_us, blocked_us: total_us }
 }
 
+fn thread_wait(thread: ThreadWaited) -> ThreadWait {
+    let ThreadWaited { pid, tid, waited } = thread;
+    ThreadWait { pid, tid, blocked_us: u64::try_from(waited.as_micros()).unwrap_or(u64::MAX) }
+}
+
 /// Asks the source for what tasks wait for.
 struct Requests(Arc<PageReceiver>);
 
@@ -413,4 +428,7 @@ const WORKING_SET_MAX: Duration = Duration::from_millis(10);
 /// More pieces than can be put in place in that time: a program that writes everything has no working set, and to name
 /// all of it would take longer than that.
 const WORKING_SET_RANGES_MAX: usize = 4096;
-const DRAIN_POLL: Duration = Duration::from_millis(100);
+/// Between two looks at the memory taken and at which processes there are.
+const SURVEY_PAUSE: Duration = Duration::from_millis(50);
+/// As many threads as a report names: more say no more.
+const THREADS_MAX: usize = 64;

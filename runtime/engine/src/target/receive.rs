@@ -48,7 +48,7 @@ impl Receiver {
                 Ok(None) => continue,
                 Ok(Some(event)) => event,
                 Err(event) => {
-                    tell(event);
+                    tell(*event);
                     // To its end, so that what this side still says is not lost with a reset.
                     self.link.drain();
                     return;
@@ -60,13 +60,14 @@ impl Receiver {
         }
     }
 
-    fn step(&mut self) -> Result<Option<Event>, Event> {
+    /// The error is what nothing can follow.
+    fn step(&mut self) -> Result<Option<Event>, Box<Event>> {
         let message = match self.link.receive() {
             Ok(message) => message,
             Err(error @ (LinkError::Wire(_) | LinkError::Unexpected { .. })) => {
-                return Err(Event::Nonsense { what: causes(&error) });
+                return Err(Box::new(Event::Nonsense { what: causes(&error) }));
             }
-            Err(error) => return Err(Event::LinkLost { cause: causes(&error) }),
+            Err(error) => return Err(Box::new(Event::LinkLost { cause: causes(&error) })),
         };
         let mut places = Places {
             rootfs: &self.rootfs,
@@ -75,9 +76,11 @@ impl Receiver {
             images: &mut self.images,
             memory: self.memory.as_deref(),
         };
-        places.take(message).map_err(|refusal| match refusal {
-            Refusal::Failed(cause) => Event::Failed { cause },
-            Refusal::Nonsense(what) => Event::Nonsense { what },
+        places.take(message).map_err(|refusal| {
+            Box::new(match refusal {
+                Refusal::Failed(cause) => Event::Failed { cause },
+                Refusal::Nonsense(what) => Event::Nonsense { what },
+            })
         })
     }
 }

@@ -269,7 +269,9 @@ fn serving(moved: Moved, course: &mut Course, event: &Event) -> Next {
         course.failed_to_serve();
     }
     match event {
-        Event::Peer(PeerEvent::MemoryComplete(memory)) => kill(Moved { memory: Some(*memory), ..moved }),
+        Event::Peer(PeerEvent::MemoryComplete(memory)) => {
+            kill(Moved { memory: Some(memory.clone()), ..moved })
+        }
         Event::Peer(_) | Event::LinkLost { .. } | Event::Failed { .. } => {
             rejoin(moved, course, course.rejoin_pause())
         }
@@ -287,7 +289,9 @@ fn rejoining(moved: Moved, course: &mut Course, event: &Event) -> Next {
         // The last page came, and only the word for it was lost, or is late: there is nobody to join any more.
         Event::Answered(FateAnswer::Here) => kill(moved),
         Event::Answered(FateAnswer::Filling) if !course.leaves_pages() => kill(moved),
-        Event::Peer(PeerEvent::MemoryComplete(memory)) => kill(Moved { memory: Some(*memory), ..moved }),
+        Event::Peer(PeerEvent::MemoryComplete(memory)) => {
+            kill(Moved { memory: Some(memory.clone()), ..moved })
+        }
         // A target that knows nothing of what has run there has lost its record, and all that ran, with its memory.
         Event::Answered(FateAnswer::Lost | FateAnswer::NotHere) => bury(),
         Event::Answered(FateAnswer::Filling | FateAnswer::Pending) | Event::AskFailed { .. } => {

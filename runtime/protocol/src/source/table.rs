@@ -186,7 +186,6 @@ fn a_move() -> Moved {
 /// Every state, in every form that makes a difference.
 fn states() -> Vec<State> {
     let watch = || Stopwatch::freeze(Tick(0));
-    let moved = a_move();
     let failed = failure(Phase::Frozen, Side::Source, Fate::RunningOnSource, "no".to_owned());
     let sent = Some(RoundSent::default());
     vec![
@@ -212,12 +211,12 @@ fn states() -> Vec<State> {
         State::Confirming { watch: watch() },
         State::Committing { watch: watch() },
         State::Asking { watch: watch() },
-        State::Serving { moved },
-        State::Rejoining { moved },
-        State::Killing { moved, released: false },
-        State::Killing { moved, released: true },
-        State::AwaitingRelease { moved },
-        State::CleaningUp { moved },
+        State::Serving { moved: a_move() },
+        State::Rejoining { moved: a_move() },
+        State::Killing { moved: a_move(), released: false },
+        State::Killing { moved: a_move(), released: true },
+        State::AwaitingRelease { moved: a_move() },
+        State::CleaningUp { moved: a_move() },
         State::Burying { failure: failed.clone() },
         State::RollingBack { failure: failed.clone() },
         State::Done { end: End::Failed(failed) },

@@ -73,7 +73,7 @@ fn holds(guard: &str, state: &State, pages: Pages) -> bool {
 
 fn early(state: &State) -> Option<Early> {
     match state {
-        State::Recording { early, .. } => Some(*early),
+        State::Recording { early, .. } => Some(early.clone()),
         _ => None,
     }
 }
@@ -86,20 +86,20 @@ fn states() -> Vec<State> {
         fate: Fate::RunningOnSource,
         cause: "no".to_owned(),
     };
-    let early = Early::default();
-    let filled = Some(TargetMemory::default());
+    let early = Early::default;
+    let filled = || Some(TargetMemory::default());
     vec![
         State::CopyingRootfs,
         State::Receiving { final_applied: false },
         State::Receiving { final_applied: true },
         State::Restoring,
         State::Holding,
-        State::Deciding { early },
-        State::Resuming { early },
-        State::Recording { pid: 7, early },
-        State::Recording { pid: 7, early: Early { filled, ..early } },
-        State::Recording { pid: 7, early: Early { link_lost: true, ..early } },
-        State::Recording { pid: 7, early: Early { link_lost: true, filled } },
+        State::Deciding { early: early() },
+        State::Resuming { early: early() },
+        State::Recording { pid: 7, early: early() },
+        State::Recording { pid: 7, early: Early { filled: filled(), ..early() } },
+        State::Recording { pid: 7, early: Early { link_lost: true, ..early() } },
+        State::Recording { pid: 7, early: Early { link_lost: true, filled: filled() } },
         State::Filling { pid: 7 },
         State::Stranded { pid: 7 },
         State::Aborting { failure: failure() },

@@ -333,7 +333,7 @@ impl World {
                 assert!(self.source_killed && self.target_runs && !self.source_runs);
                 assert!(self.filled, "the target never had every page");
                 assert_eq!(program::seen(&self.tasks_memory()), program::seen(&self.oracle));
-                let duplicates = moved.memory.map_or(0, |memory| memory.duplicate_pages);
+                let duplicates = moved.memory.as_ref().map_or(0, |memory| memory.duplicate_pages);
                 assert_eq!(duplicates, 0);
             }
             source::End::Failed(failure) => {
