@@ -30,7 +30,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
                         "memory_mb": memory_mb, "mode": mode.name(), "images": images.name(), "content": load.name(),
                         "rate": rate.unwrap_or(UNSHAPED), "run": run,
                     });
-                    figure.add(merged(row, columns(&moved, images)));
+                    figure.add(merged(row, columns(&moved, images, memory_mb)));
                 }
             }
         }
@@ -57,7 +57,9 @@ fn plan(full: bool, shaped: bool) -> Vec<(Load, u32)> {
     };
     let mut plan: Vec<_> = sizes.iter().map(|size| (Load::Idle, *size)).collect();
     if full {
-        plan.extend([Load::Rewriting, Load::Random, Load::Mixed].map(|load| (load, 1024)));
+        // At 1 Gbit/s a round of 1 GB takes 9 s, and rewriting takes some of them.
+        let size = if shaped { 512 } else { 1024 };
+        plan.extend([Load::Rewriting, Load::Random, Load::Mixed].map(|load| (load, size)));
     }
     plan
 }
@@ -68,14 +70,17 @@ fn contenders(with_disk: bool) -> Vec<(Mode, Images)> {
     modes.into_iter().flat_map(|mode| images.iter().map(move |images| (mode, *images))).collect()
 }
 
-/// The move's columns; one that was asked to go by way of the disk and did not counts as not done.
-fn columns(moved: &Moved, images: Images) -> Value {
+/// The move's columns; one that was asked to go by way of the disk and did not counts as not done. Of a page that
+/// comes again, what came before may never get to the disk, so it is the memory that counts and not what was sent.
+fn columns(moved: &Moved, images: Images, memory_mb: u32) -> Value {
     let columns = moved.columns();
     match &moved.report {
-        Ok(report) if images == Images::Disk && report.disk_bytes_written < report.bytes.memory => merged(
-            columns,
-            json!({"outcome": "not done: the images were asked for on disk and stayed in memory"}),
-        ),
+        Ok(report) if images == Images::Disk && report.disk_bytes_written < u64::from(memory_mb) << 20 => {
+            merged(
+                columns,
+                json!({"outcome": "not done: the images were asked for on disk and stayed in memory"}),
+            )
+        }
         _ => columns,
     }
 }

@@ -38,6 +38,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
                 let alone = writer.now().since(begin);
                 let followed = follow(&writer)?;
                 let pace = followed.pace;
+                let fault_us = fault_us(alone, &followed);
                 let row = json!({
                     "memory_mb": memory_mb, "turns_between_writes": turns, "run": run,
                     "alone_pages_per_s": alone.per_s, "slowdown": 1.0 - pace.per_s / alone.per_s,
@@ -50,14 +51,17 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
                         "followed_pages_per_s": pace.per_s, "followed_pages_per_cpu_s": pace.per_cpu_s,
                         "attach_stop_ms": followed.stop_ms,
                         "first_scan_ms": followed.first_scan_ms, "later_scan_ms": followed.later_scan_ms,
-                        "dirty_pages_per_collection": followed.dirty_pages, "outcome": "measured",
+                        "dirty_pages_per_collection": followed.dirty_pages, "us_per_fault": fault_us,
+                        "outcome": "measured",
                     }),
                 ));
                 println!(
-                    "  {:.0} pages/s alone, {:.0} followed ({:.1} % fewer by processor time); stopped {:.2} ms",
+                    "  {:.0} pages/s alone, {:.0} followed ({:.1} % fewer by processor time, {:.2} us a fault); stopped \
+                     {:.2} ms",
                     alone.per_s,
                     pace.per_s,
                     100.0 * (1.0 - pace.per_cpu_s / alone.per_cpu_s),
+                    fault_us.unwrap_or(f64::NAN),
                     followed.stop_ms
                 );
             }
@@ -65,6 +69,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     }
     let bars = sum_up(&mut figure, sizes)?;
     figure.write(&arguments.out, &Drawing::Bars { unit: "pages/s or ms".to_owned(), bars })
+}
+
+/// What a page that is found written cost the program: the processor time that its pages took more than alone.
+fn fault_us(alone: Pace, followed: &Followed) -> Option<f64> {
+    let more_s = followed.pace.pages / followed.pace.per_cpu_s - followed.pace.pages / alone.per_cpu_s;
+    (followed.faults > 0.0).then(|| more_s / followed.faults * 1e6)
 }
 
 fn sum_up(figure: &mut Figure, sizes: &[u32]) -> Result<Vec<Bar>> {
@@ -80,11 +90,14 @@ fn sum_up(figure: &mut Figure, sizes: &[u32]) -> Result<Vec<Bar>> {
         }
         for turns in TURNS {
             let wanted = [("memory_mb", json!(memory_mb)), ("turns_between_writes", json!(turns))];
-            let columns = ["alone_pages_per_s", "followed_pages_per_s", "slowdown", "slowdown_of_cpu"];
-            let [alone, followed, slowdown, of_cpu] = columns.map(|column| figure.spread(&wanted, column));
+            let columns =
+                ["alone_pages_per_s", "followed_pages_per_s", "slowdown", "slowdown_of_cpu", "us_per_fault"];
+            let [alone, followed, slowdown, of_cpu, of_fault] =
+                columns.map(|column| figure.spread(&wanted, column));
             let Some(pace) = alone.map(|spread| format!("at {:.0} pages/s", spread.median)) else { continue };
             figure.sum_up(&["slowdown", &size, &pace], slowdown)?;
             figure.sum_up(&["slowdown_of_cpu", &size, &pace], of_cpu)?;
+            figure.sum_up(&["us_per_fault", &size, &pace], of_fault)?;
             for (name, spread) in [("alone", alone), ("followed", followed)] {
                 let label = format!("{name} (pages/s), {memory_mb} MB, {turns} turns");
                 bars.extend(spread.map(|spread| Bar { label, spread }));
@@ -101,6 +114,8 @@ struct Followed {
     first_scan_ms: f64,
     later_scan_ms: f64,
     dirty_pages: f64,
+    /// Pages found written in all: each began with a fault.
+    faults: f64,
 }
 
 fn follow(writer: &Writer) -> Result<Followed> {
@@ -124,6 +139,7 @@ fn follow(writer: &Writer) -> Result<Followed> {
         first_scan_ms: ms(first.scan),
         later_scan_ms: ms(scan / rounds.max(1)),
         dirty_pages: dirty as f64 / f64::from(rounds.max(1)),
+        faults: dirty as f64,
     })
 }
 
@@ -183,6 +199,7 @@ struct Moment {
 /// less.
 #[derive(Debug, Clone, Copy)]
 struct Pace {
+    pages: f64,
     per_s: f64,
     per_cpu_s: f64,
 }
@@ -191,6 +208,7 @@ impl Moment {
     fn since(self, earlier: Self) -> Pace {
         let pages = self.pages.saturating_sub(earlier.pages) as f64;
         Pace {
+            pages,
             per_s: pages / (self.time - earlier.time).as_secs_f64(),
             per_cpu_s: pages / (self.cpu_s - earlier.cpu_s).max(1.0 / TICKS_PER_S),
         }
