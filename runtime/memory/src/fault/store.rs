@@ -166,14 +166,13 @@ impl MemoryStore {
             blocks.extend(own.map(|((_, number), block)| (*number, block.pages)));
         }
         blocks.sort_unstable_by_key(|(number, _)| *number);
-        blocks
-            .iter()
-            .flat_map(|(number, pages)| {
-                (0..PAGES_PER_BLOCK)
-                    .filter(|page| has(pages, *page))
-                    .map(move |page| PageRange::page_at(number * LEND_BYTES + page * PAGE_BYTES))
+        let runs = blocks.iter().flat_map(|(number, pages)| {
+            let start = number * LEND_BYTES;
+            runs(pages).filter_map(move |(first, end)| {
+                PageRange::new(start + first * PAGE_BYTES, start + end * PAGE_BYTES)
             })
-            .collect()
+        });
+        runs.collect()
     }
 
     /// Memory the store takes now.
@@ -339,6 +338,20 @@ fn has(pages: &[u64; WORDS], page: u64) -> bool {
     word.is_some_and(|word| word & (1 << (page % 64)) != 0)
 }
 
+/// The runs of pages that are there, as first page and end. A word at a time: a container waits for it, with all of its
+/// memory here.
+fn runs(pages: &[u64; WORDS]) -> impl Iterator<Item = (u64, u64)> {
+    (0_u64..).step_by(64).zip(pages).flat_map(|(base, word)| {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let rest = |at| word.checked_shr(at).unwrap_or(0);
+            let first = at + rest(at).trailing_zeros();
+            at = first + rest(first).trailing_ones();
+            (at > first).then(|| (base + u64::from(first), base + u64::from(at)))
+        })
+    })
+}
+
 /// Cuts a range at multiples of [`LEND_BYTES`].
 fn parts(range: PageRange) -> impl Iterator<Item = PageRange> {
     let mut start = range.start();
@@ -363,6 +376,8 @@ const _: () = assert!(WORDS as u64 * 64 == PAGES_PER_BLOCK);
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn bytes(store: &MemoryStore, pid: i32, pages: PageRange) -> Result<Vec<u8>> {
@@ -395,6 +410,19 @@ mod tests {
         store.finish(7);
         assert_eq!(store.resident_bytes().unwrap(), PAGE_BYTES);
         assert_eq!((store.pages(7).pages(), store.pages(8).pages()), (0, 1));
+    }
+
+    proptest! {
+        #[test]
+        fn runs_are_what_is_there(words in any::<[u64; WORDS]>(), mask in any::<[u64; WORDS]>(), whole in any::<bool>()) {
+            // Long runs and short ones.
+            let pages = std::array::from_fn(|word| if whole { words[word] | mask[word] << 9 | mask[word] >> 9 } else { words[word] & mask[word] });
+            for pages in [pages, [0; WORDS], [u64::MAX; WORDS]] {
+                let found: Vec<u64> = runs(&pages).flat_map(|(first, end)| first..end).collect();
+                let expected: Vec<u64> = (0..PAGES_PER_BLOCK).filter(|page| has(&pages, *page)).collect();
+                prop_assert_eq!(found, expected);
+            }
+        }
     }
 
     #[test]
