@@ -27,6 +27,8 @@ pub struct Mapping {
     pub range: PageRange,
     /// Whether it belongs to this process alone and to no file.
     pub private_anonymous: bool,
+    /// Whether it may be executed.
+    pub executable: bool,
     /// `[heap]`, `[stack]`, a path, or nothing.
     pub name: String,
 }
@@ -62,6 +64,19 @@ pub fn private_anonymous(pid: i32) -> Result<Vec<PageRange>> {
 pub fn lazy(pid: i32) -> Result<PageSet> {
     let candidates: PageSet = private_anonymous(pid)?.into_iter().collect();
     Ok(candidates.difference(&locked(pid)?))
+}
+
+/// The page of `pid` that its dump may change for a moment, if that is one of those that CRIU restores lazily: to have the
+/// process make system calls, CRIU puts them at the start of the first mapping that may be executed, and puts back what was
+/// there. Mostly that is a file's. (CRIU 4.2.1: criu/parasite-syscall.c, `get_exec_start`; compel/src/lib/infect.c.)
+///
+/// # Errors
+/// As [`read`].
+pub fn injected(pid: i32) -> Result<Option<PageRange>> {
+    let first = read(pid)?.into_iter().find(|mapping| mapping.executable);
+    Ok(first
+        .filter(|mapping| mapping.private_anonymous)
+        .map(|mapping| PageRange::page_at(mapping.range.start())))
 }
 
 /// The number by which CRIU names process `pid`: its id in the innermost pid namespace that it lives in.
@@ -117,7 +132,8 @@ fn parse(line: &str) -> Option<Mapping> {
     }
     let kernels = name.starts_with("[v") || name == "[uprobes]";
     let private_anonymous = permissions.ends_with('p') && inode == "0" && device == "00:00" && !kernels;
-    Some(Mapping { range: PageRange::new(start, end)?, private_anonymous, name })
+    let executable = permissions.contains('x');
+    Some(Mapping { range: PageRange::new(start, end)?, private_anonymous, executable, name })
 }
 
 fn read_text(pid: i32, path: &PathBuf) -> Result<String> {
@@ -176,6 +192,15 @@ mod tests {
         );
         assert_eq!(parse("Rss:                 132 kB"), None);
         assert_eq!(parse("VmFlags: rd wr mr mw me gd ac"), None);
+    }
+
+    #[test]
+    fn what_may_be_executed_is_told_from_what_may_not() {
+        let executable = |line| parse(line).unwrap().executable;
+        assert!(executable("40000000-40001000 rwxp 00000000 00:00 0 "));
+        assert!(!executable("7f0000000000-7f0000021000 rw-p 00000000 00:00 0 "));
+        let own = i32::try_from(std::process::id()).unwrap();
+        assert_eq!(injected(own).unwrap(), None, "a program's own file comes first");
     }
 
     #[test]

@@ -3,8 +3,8 @@
 //! ```text
 //! orders: open ─► (scan ─► round)… ─► cut ─► serve or finish ─► (ends with its owner)
 //!                                       │      ▲ reopen: after the link was lost, or in the place of a dead worker
-//!    frozen: final scan, hide all of it from CRIU ──► the dump may begin
-//!                            rest of the pages, or none ──► plan on the main link ──► the state may end
+//!    frozen: hide all of it from CRIU ──► the dump may begin
+//!            final scan ──► rest of the pages, or none ──► plan on the main link ──► the state may end
 //! ```
 //! It decides nothing: when to scan, send, cut and serve is the machine's. What it finds and sends is reported as
 //! events. Everything that CRIU restores lazily is ours to move; the rest travels in its images.
@@ -305,15 +305,25 @@ impl Follower {
     }
 
     fn cut(&mut self, leave_pages: bool, link: &BulkLink, hidden: &Sender<()>) -> Result<(), Cause> {
-        self.scan(true)?;
         let mut lazy = BTreeMap::new();
+        let mut first = Vec::new();
         for pid in self.tasks.processes()? {
             let Ok(space) = maps::space(pid) else { continue };
             let pages = maps::lazy(pid)?;
             self.hidden.set(pid, pages.clone());
+            let injected: PageSet = maps::injected(pid)?.into_iter().collect();
+            let dirty = injected.intersection(&pages);
+            if !dirty.is_empty() {
+                first.push(SpaceWork { space, pid, dirty, ..SpaceWork::default() });
+            }
             lazy.insert(space, pages);
         }
+        if !first.is_empty() {
+            self.send(self.round, &first)?;
+        }
+        // From here on CRIU is at the tasks as well: it changes none of their pages but those that have been sent.
         hidden.send(())?;
+        self.scan(true)?;
         let mut work = self.pending.take_rest();
         let stored = self.streams()?.stored();
         for space in &mut work {
@@ -323,6 +333,10 @@ impl Follower {
             space.absent = space.absent.union(&foreign);
             space.dirty = space.dirty.intersection(&lazy);
             space.zero = space.zero.intersection(&lazy);
+            if let Some(sent) = first.iter().find(|sent| sent.space == space.space) {
+                space.dirty = space.dirty.difference(&sent.dirty);
+                space.zero = space.zero.difference(&sent.dirty);
+            }
         }
         if leave_pages {
             let left = |work: &mut SpaceWork| SpaceWork {
