@@ -30,6 +30,18 @@ pub fn manager(stored: &Stored) -> Result<AnyCgroupManager> {
     create_cgroup_manager(config).map_err(ContainerError::cgroup)
 }
 
+/// Removes the cgroup at `path` of a container that did not come to be, and that nobody has recorded. libcontainer has
+/// tried, for a tenth of a second, when its last process may not have left it yet.
+pub(crate) fn remove_unrecorded(path: &Path, id: &str) {
+    let config =
+        CgroupConfig { cgroup_path: path.to_owned(), systemd_cgroup: false, container_name: id.to_owned() };
+    let manager = create_cgroup_manager(config).map_err(ContainerError::cgroup);
+    let removed = manager.and_then(|manager| manager.remove().map_err(ContainerError::cgroup));
+    if let Err(error) = removed {
+        log::warn!("remove the cgroup of {id}, which was not created: {error}");
+    }
+}
+
 /// The freezer of the container's cgroup.
 ///
 /// # Errors

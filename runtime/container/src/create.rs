@@ -14,6 +14,7 @@ use libcontainer::oci_spec::runtime::{LinuxNamespaceType, Spec};
 use libcontainer::syscall::syscall::SyscallType;
 
 use crate::bare_cgroups;
+use crate::cgroup;
 use crate::checkpoint::external;
 use crate::devices;
 use crate::error::{ContainerError, Result};
@@ -71,14 +72,16 @@ pub fn create(store: &Store, id: &str, options: &CreateOptions) -> Result<Stored
         Ok(container) => finish(store, container, &spec, rootfs, options).inspect_err(|_| undo(store, id)),
         Err(error) => {
             // libcontainer removes what its own steps made, not what came before them.
-            if !matches!(error, LibcontainerError::Exist) {
+            let is_ours = !matches!(error, LibcontainerError::Exist);
+            if is_ours {
                 undo(store, id);
-                if !options.systemd_cgroup {
-                    // No configuration was written that a deletion could know them by.
-                    bare_cgroups::remove(&cgroup);
-                }
             }
             process::reap_failed();
+            if is_ours && !options.systemd_cgroup {
+                // No configuration was written that a deletion could know them by.
+                cgroup::remove_unrecorded(&cgroup, id);
+                bare_cgroups::remove(&cgroup);
+            }
             Err(process_failure(&error))
         }
     }
