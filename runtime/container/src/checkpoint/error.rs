@@ -34,6 +34,14 @@ pub enum CheckpointError {
         /// What it is instead of running or paused.
         status: Status,
     },
+    /// The kernel does not tell which TCP sockets listen.
+    #[error(
+        "cannot find the connections that wait to be accepted (sock_diag; is the kernel module tcp_diag there?)"
+    )]
+    Listeners {
+        /// What the kernel answered.
+        source: io::Error,
+    },
     /// An option that needs a kernel which can tell the pages that were written.
     #[error(
         "{option} needs soft-dirty memory tracking, which this kernel lacks (CONFIG_MEM_SOFT_DIRTY); \

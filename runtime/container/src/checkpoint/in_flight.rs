@@ -6,11 +6,23 @@
 //!
 //! Of connections to unix sockets CRIU saves those as well.
 
-use std::collections::HashSet;
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+//! The listeners are asked for by netlink (sock_diag(7)), and only they. The kernel lists them in `/proc/net/tcp` as well,
+//! but goes through its whole table of connections behind them, which takes milliseconds however few there are, with the
+//! container frozen.
 
-use super::error::Result;
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use godwit_sys::{SysError, netns};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_sock_diag::SockDiagMessage;
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+
+use super::error::{CheckpointError, Result};
 use crate::cgroup;
 use crate::state::Stored;
 
@@ -18,7 +30,8 @@ use crate::state::Stored;
 /// only while the container is frozen, and even then clients outside may connect at any time.
 ///
 /// # Errors
-/// When the container's cgroup cannot be looked at; a process that ends meanwhile is no error.
+/// When the container's cgroup cannot be looked at, or the kernel does not tell its listeners; a process that ends
+/// meanwhile is no error.
 pub fn unaccepted(stored: &Stored) -> Result<Option<u16>> {
     let pids = cgroup::processes(stored)?;
     let mut seen = HashSet::new();
@@ -26,70 +39,114 @@ pub fn unaccepted(stored: &Stored) -> Result<Option<u16>> {
     for pid in &pids {
         let Ok(namespace) = fs::read_link(format!("/proc/{pid}/ns/net")) else { continue };
         if seen.insert(namespace) {
-            waiting.extend(["tcp", "tcp6"].iter().flat_map(|table| listeners_with_clients(*pid, table)));
+            waiting.extend(listeners_with_clients(*pid)?);
         }
     }
     if waiting.is_empty() {
         return Ok(None);
     }
     // In the network namespace of a host or pod there are listeners of others.
-    let held: HashSet<String> = pids.iter().flat_map(|pid| sockets(*pid)).collect();
+    let held: HashSet<u32> = pids.iter().flat_map(|pid| sockets(*pid)).collect();
     Ok(waiting.into_iter().find(|listener| held.contains(&listener.inode)).map(|listener| listener.port))
 }
 
 #[derive(Debug, PartialEq, Eq)]
 struct Listener {
     port: u16,
-    /// As text.
-    inode: String,
+    inode: u32,
 }
 
-fn listeners_with_clients(pid: i32, table: &str) -> Vec<Listener> {
-    let Ok(file) = File::open(format!("/proc/{pid}/net/{table}")) else { return Vec::new() };
-    // The kernel lists all listeners before the first connection, of which there may be many.
-    let rows = BufReader::new(file).lines().map_while(std::io::Result::ok).skip(1);
-    rows.map_while(|row| listener(&row)).flatten().collect()
+/// The listeners in the network namespace of process `pid` at which connections wait; none if it has ended.
+fn listeners_with_clients(pid: i32) -> Result<Vec<Listener>> {
+    let ask = || -> io::Result<Vec<Listener>> {
+        let mut found = ask_for(AF_INET, SocketId::new_v4())?;
+        found.extend(ask_for(AF_INET6, SocketId::new_v6())?);
+        Ok(found)
+    };
+    match netns::run_in_that_of(pid, ask) {
+        Ok(found) => found.map_err(|source| CheckpointError::Listeners { source }),
+        Err(SysError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error.into()),
+    }
 }
 
-/// Reads a row of `/proc/net/tcp`: `None` if it is of no listener, `Some(None)` if nobody waits there.
-fn listener(row: &str) -> Option<Option<Listener>> {
-    // Columns by the kernel's net/ipv4/tcp_ipv4.c; of a listener the receive queue is that of connections.
-    let columns: Vec<&str> = row.split_whitespace().collect();
-    let [_, local, _, LISTEN, queues, _, _, _, _, inode, ..] = columns[..] else { return None };
-    let (_, waiting) = queues.split_once(':')?;
-    let port = local.rsplit_once(':').and_then(|(_, port)| u16::from_str_radix(port, 16).ok())?;
-    let is_awaited = u32::from_str_radix(waiting, 16).is_ok_and(|waiting| waiting > 0);
-    Some(is_awaited.then(|| Listener { port, inode: inode.to_owned() }))
+/// The same in the network namespace of the calling thread, of one family.
+fn ask_for(family: u8, socket_id: SocketId) -> io::Result<Vec<Listener>> {
+    let protocol = SockProtocol::NetlinkSockDiag;
+    let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
+    let request = InetRequest {
+        family,
+        protocol: IPPROTO_TCP,
+        extensions: ExtensionFlags::empty(),
+        states: StateFlags::LISTEN,
+        socket_id,
+    };
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    send(socket.as_raw_fd(), &bytes, MsgFlags::empty())?;
+
+    let mut found = Vec::new();
+    let mut buffer = vec![0; ANSWER_LEN_MAX];
+    loop {
+        // The kernel's answer is there before the request has returned; so it is with each part of it.
+        let len = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_TRUNC)?;
+        let mut rest =
+            buffer.get(..len).ok_or_else(|| io::Error::other("a message of netlink is too long"))?;
+        while !rest.is_empty() {
+            let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest).map_err(io::Error::other)?;
+            let len = usize::try_from(message.header.length).unwrap_or(usize::MAX);
+            rest = rest.get(len.next_multiple_of(NETLINK_ALIGNMENT)..).unwrap_or_default();
+            match message.payload {
+                // Of a listener the receive queue is that of connections.
+                NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(listener))
+                    if listener.header.recv_queue > 0 =>
+                {
+                    let port = listener.header.socket_id.source_port;
+                    found.push(Listener { port, inode: listener.header.inode });
+                }
+                NetlinkPayload::Done(_) => return Ok(found),
+                NetlinkPayload::Error(error) => return Err(error.to_io()),
+                _ => {}
+            }
+        }
+    }
 }
 
-/// The inodes of the sockets that a process has open, as text.
-fn sockets(pid: i32) -> Vec<String> {
+/// The inodes of the sockets that a process has open.
+fn sockets(pid: i32) -> Vec<u32> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
     let targets = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
-    let inode = |text: &str| Some(text.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned());
+    let inode = |text: &str| text.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok();
     targets.filter_map(|target| inode(&target.to_string_lossy())).collect()
 }
 
-/// `TCP_LISTEN`, in hexadecimal.
-const LISTEN: &str = "0A";
+/// As long as the kernel makes one message of an answer.
+const ANSWER_LEN_MAX: usize = 32 << 10;
+const NETLINK_ALIGNMENT: usize = 4;
 
 #[cfg(test)]
 mod tests {
+    use std::net::{TcpListener, TcpStream};
+
     use super::*;
 
     #[test]
     fn connection_is_seen_from_the_handshake_until_it_is_accepted() {
         let own = i32::try_from(std::process::id()).unwrap();
-        for (address, table) in [("127.0.0.1:0", "tcp"), ("[::1]:0", "tcp6")] {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
             // A machine may be without IPv6.
-            let Ok(server) = std::net::TcpListener::bind(address) else { continue };
+            let Ok(server) = TcpListener::bind(address) else { continue };
             let address = server.local_addr().unwrap();
             let found = || {
-                let all = listeners_with_clients(own, table);
+                let all = listeners_with_clients(own).unwrap();
                 all.into_iter().find(|listener| listener.port == address.port())
             };
             assert_eq!(found(), None);
-            let client = std::net::TcpStream::connect(address).unwrap();
+            let client = TcpStream::connect(address).unwrap();
             let waiting = found().unwrap();
             assert!(sockets(own).contains(&waiting.inode), "{waiting:?}");
             let accepted = server.accept().unwrap();
@@ -99,17 +156,20 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_connections_end_the_listeners() {
-        let row = |state: &str, queue: &str| {
-            format!(
-                "   0: 0100007F:0050 00000000:0000 {state} 00000000:{queue} 00:00000000 00000000     0        0 \
-                 4711 1 0000000000000000 100 0 0 10 0"
-            )
-        };
-        assert_eq!(listener(&row("0A", "00000000")), Some(None));
-        let waiting = Listener { port: 80, inode: "4711".to_owned() };
-        assert_eq!(listener(&row("0A", "00000002")), Some(Some(waiting)));
-        assert_eq!(listener(&row("01", "00000002")), None);
-        assert_eq!(listener("garbage"), None);
+    fn as_many_listeners_as_take_several_messages_are_all_found() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let servers: Vec<TcpListener> = (0..400).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let ports: HashSet<u16> = servers.iter().map(|server| server.local_addr().unwrap().port()).collect();
+        let clients: Vec<TcpStream> =
+            servers.iter().map(|server| TcpStream::connect(server.local_addr().unwrap()).unwrap()).collect();
+        let found = listeners_with_clients(own).unwrap();
+        let found: HashSet<u16> = found.into_iter().map(|listener| listener.port).collect();
+        assert!(found.is_superset(&ports), "{} of {}", found.len(), ports.len());
+        drop(clients);
+    }
+
+    #[test]
+    fn a_process_that_has_ended_has_none() {
+        assert_eq!(listeners_with_clients(i32::MAX).unwrap(), []);
     }
 }
