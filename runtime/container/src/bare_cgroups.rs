@@ -124,7 +124,8 @@ fn place(mount: &Mount, text: &str) -> PathBuf {
     if leads_out { mount.point.clone() } else { cgroup::below(&mount.point, below) }
 }
 
-fn is_below_the_root(path: &Path) -> bool {
+/// Tells whether a path names a cgroup other than the root, and stays below it.
+pub(crate) fn is_below_the_root(path: &Path) -> bool {
     let parts = path.components();
     let named = parts.clone().any(|part| matches!(part, Component::Normal(_)));
     named && !parts.into_iter().any(|part| part == Component::ParentDir)

@@ -1,6 +1,7 @@
 //! The cgroup of a container: libcgroups' manager for what it does well, its directories for the rest.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use libcgroups::common::{
 };
 use libcgroups::v1;
 
+use crate::bare_cgroups;
 use crate::error::{ContainerError, Result};
 use crate::state::Stored;
 
@@ -31,15 +33,30 @@ pub fn manager(stored: &Stored) -> Result<AnyCgroupManager> {
 }
 
 /// Removes the cgroup at `path` of a container that did not come to be, and that nobody has recorded. libcontainer has
-/// tried, for a tenth of a second, when its last process may not have left it yet.
-pub(crate) fn remove_unrecorded(path: &Path, id: &str) {
-    let config =
-        CgroupConfig { cgroup_path: path.to_owned(), systemd_cgroup: false, container_name: id.to_owned() };
-    let manager = create_cgroup_manager(config).map_err(ContainerError::cgroup);
-    let removed = manager.and_then(|manager| manager.remove().map_err(ContainerError::cgroup));
-    if let Err(error) = removed {
-        log::warn!("remove the cgroup of {id}, which was not created: {error}");
+/// tried, for a tenth of a second, when its last process may not have left it yet. What has processes now is somebody
+/// else's, and stays.
+pub(crate) fn remove_unrecorded(path: &Path) -> Result<()> {
+    if !bare_cgroups::is_below_the_root(path) {
+        return Ok(());
     }
+    for root in roots()? {
+        let directory = below(&root, path);
+        match fs::remove_dir(&directory) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                log::warn!("{} stays: {error}", directory.display());
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Where the hierarchies with controllers are mounted.
+fn roots() -> Result<Vec<PathBuf>> {
+    if is_unified()? {
+        return Ok(vec![PathBuf::from(DEFAULT_CGROUP_ROOT)]);
+    }
+    Ok(v1::util::list_supported_mount_points().map_err(ContainerError::cgroup)?.into_values().collect())
 }
 
 /// The freezer of the container's cgroup.
@@ -135,6 +152,27 @@ pub(crate) fn below(root: &Path, path: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A create may fail in a cgroup in which somebody else runs.
+    #[test]
+    fn a_cgroup_that_has_processes_stays_and_they_live() {
+        let path = PathBuf::from(format!("/godwit-unrecorded-{}", std::process::id()));
+        let directories: Vec<PathBuf> = roots().unwrap().iter().map(|root| below(root, &path)).collect();
+        if let Err(error) = directories.iter().try_for_each(fs::create_dir_all) {
+            return eprintln!("SKIP: no cgroup can be made: {error}");
+        }
+        let mut other = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let freezer = directories.iter().find(|directory| directory.join("freezer.state").exists());
+        let taken = freezer.unwrap_or(&directories[0]);
+        fs::write(taken.join("cgroup.procs"), other.id().to_string()).unwrap();
+        remove_unrecorded(&path).unwrap();
+        assert_eq!(directories.iter().filter(|directory| directory.exists()).collect::<Vec<_>>(), [taken]);
+        assert_eq!(other.try_wait().unwrap(), None);
+        other.kill().unwrap();
+        other.wait().unwrap();
+        remove_unrecorded(&path).unwrap();
+        assert!(!taken.exists());
+    }
 
     #[test]
     fn a_scope_is_found_above_where_init_went() {

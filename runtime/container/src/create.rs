@@ -79,7 +79,9 @@ pub fn create(store: &Store, id: &str, options: &CreateOptions) -> Result<Stored
             process::reap_failed();
             if is_ours && !options.systemd_cgroup {
                 // No configuration was written that a deletion could know them by.
-                cgroup::remove_unrecorded(&cgroup, id);
+                if let Err(error) = cgroup::remove_unrecorded(&cgroup) {
+                    log::warn!("remove the cgroup of {id}, which was not created: {error}");
+                }
                 bare_cgroups::remove(&cgroup);
             }
             Err(process_failure(&error))

@@ -96,10 +96,7 @@ pub struct AgentEnd(Arc<Connection>);
 
 /// What the worker takes the links from that come after the main link.
 #[derive(Debug)]
-pub struct Streams {
-    connection: Arc<Connection>,
-    successors: Option<Arc<Successors>>,
-}
+pub struct Streams(Arc<Connection>);
 
 /// A worker's connection to the agent that there is now.
 #[derive(Debug)]
@@ -272,9 +269,12 @@ impl AgentEnd {
     /// [`HandoverError::Listen`].
     pub fn streams(&self, handover: &Handover) -> Result<Streams, HandoverError> {
         let path = worker_socket(&handover.records, &handover.migration);
-        let successors = Arc::new(Successors::listen(path)?);
-        self.0.lock().successors = Some(Arc::clone(&successors));
-        Ok(Streams { connection: Arc::clone(&self.0), successors: Some(successors) })
+        let listener = match UnixListener::bind(&path) {
+            Ok(listener) => listener,
+            Err(source) => return Err(HandoverError::Listen { path, source }),
+        };
+        self.0.lock().successors = Some(Arc::new(Successors { listener, path }));
+        Ok(Streams(Arc::clone(&self.0)))
     }
 }
 
@@ -307,13 +307,6 @@ impl Connection {
 }
 
 impl Successors {
-    fn listen(path: PathBuf) -> Result<Self, HandoverError> {
-        match UnixListener::bind(&path) {
-            Ok(listener) => Ok(Self { listener, path }),
-            Err(source) => Err(HandoverError::Listen { path, source }),
-        }
-    }
-
     fn close(&self) {
         // On Linux this wakes a thread that waits in accept; there is nothing else that could fail to be shut down.
         socket::shutdown(self.listener.as_raw_fd(), socket::Shutdown::Both).ok();
@@ -326,7 +319,7 @@ impl Streams {
     #[cfg(test)]
     pub(crate) fn of(agent: UnixStream) -> Self {
         let ends = Ends { agent: Some(agent), successors: None };
-        Self { connection: Arc::new(Connection(Mutex::new(ends))), successors: None }
+        Self(Arc::new(Connection(Mutex::new(ends))))
     }
 
     /// Waits for the next link, from the agent or from one that is started anew; `None` when this worker has ended the
@@ -336,7 +329,7 @@ impl Streams {
     /// [`HandoverError`]; nothing more can be taken then.
     pub fn take(&mut self) -> Result<Option<Later>, HandoverError> {
         let (socket, json) = loop {
-            let Some(agent) = self.connection.agent()? else { return Ok(None) };
+            let Some(agent) = self.0.agent()? else { return Ok(None) };
             match receive(&agent) {
                 Err(HandoverError::Socket(SysError::Closed)) => {}
                 // One that died in the midst of giving: the link is closed with it.
@@ -359,9 +352,9 @@ impl Streams {
 
     /// Waits for an agent in the place of one that is gone; false when this worker is done first.
     fn await_successor(&self) -> Result<bool, HandoverError> {
-        let Some(successors) = &self.successors else { return Ok(false) };
+        let Some(successors) = self.0.lock().successors.clone() else { return Ok(false) };
         let accepted = successors.listener.accept();
-        let mut ends = self.connection.lock();
+        let mut ends = self.0.lock();
         if ends.agent.is_none() {
             return Ok(false);
         }

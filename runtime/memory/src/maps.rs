@@ -62,21 +62,33 @@ pub fn private_anonymous(pid: i32) -> Result<Vec<PageRange>> {
 /// # Errors
 /// As [`read`].
 pub fn lazy(pid: i32) -> Result<PageSet> {
-    let candidates: PageSet = private_anonymous(pid)?.into_iter().collect();
-    Ok(candidates.difference(&locked(pid)?))
+    Ok(dumped(pid)?.lazy)
 }
 
-/// The page of `pid` that its dump may change for a moment, if that is one of those that CRIU restores lazily: to have the
-/// process make system calls, CRIU puts them at the start of the first mapping that may be executed, and puts back what was
-/// there. Mostly that is a file's. (CRIU 4.2.1: criu/parasite-syscall.c, `get_exec_start`; compel/src/lib/infect.c.)
+/// What matters of a process's memory when CRIU dumps it.
+#[derive(Debug)]
+pub struct Dumped {
+    /// See [`lazy`].
+    pub lazy: PageSet,
+    /// Those of these pages, at most one, that the dump may change for a moment. To have the process make system calls,
+    /// CRIU puts them at the start of the first mapping that may be executed, and puts back what was there. Mostly that
+    /// is a file's. (CRIU 4.2.1: criu/parasite-syscall.c, `get_exec_start`; compel/src/lib/infect.c.)
+    pub injected: PageSet,
+}
+
+/// Finds it, with one look at the mappings, which may be many.
 ///
 /// # Errors
 /// As [`read`].
-pub fn injected(pid: i32) -> Result<Option<PageRange>> {
-    let first = read(pid)?.into_iter().find(|mapping| mapping.executable);
-    Ok(first
-        .filter(|mapping| mapping.private_anonymous)
-        .map(|mapping| PageRange::page_at(mapping.range.start())))
+pub fn dumped(pid: i32) -> Result<Dumped> {
+    let mappings = read(pid)?;
+    let anonymous = mappings.iter().filter(|mapping| mapping.private_anonymous);
+    let candidates: PageSet = anonymous.map(|mapping| mapping.range).collect();
+    let lazy = candidates.difference(&locked(pid)?);
+    let first = mappings.iter().find(|mapping| mapping.executable);
+    let injected: PageSet =
+        first.map(|mapping| PageRange::page_at(mapping.range.start())).into_iter().collect();
+    Ok(Dumped { injected: injected.intersection(&lazy), lazy })
 }
 
 /// The number by which CRIU names process `pid`: its id in the innermost pid namespace that it lives in.
@@ -200,7 +212,7 @@ mod tests {
         assert!(executable("40000000-40001000 rwxp 00000000 00:00 0 "));
         assert!(!executable("7f0000000000-7f0000021000 rw-p 00000000 00:00 0 "));
         let own = i32::try_from(std::process::id()).unwrap();
-        assert_eq!(injected(own).unwrap(), None, "a program's own file comes first");
+        assert!(dumped(own).unwrap().injected.is_empty(), "a program's own file comes first");
     }
 
     #[test]

@@ -98,8 +98,8 @@ fn ask_for(family: u8, socket_id: SocketId) -> io::Result<Vec<Listener>> {
             buffer.get(..len).ok_or_else(|| io::Error::other("a message of netlink is too long"))?;
         while !rest.is_empty() {
             let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest).map_err(io::Error::other)?;
-            let len = usize::try_from(message.header.length).unwrap_or(usize::MAX);
-            rest = rest.get(len.next_multiple_of(NETLINK_ALIGNMENT)..).unwrap_or_default();
+            let len = usize::try_from(message.header.length.next_multiple_of(NETLINK_ALIGNMENT));
+            rest = len.ok().and_then(|len| rest.get(len..)).unwrap_or_default();
             match message.payload {
                 // Of a listener the receive queue is that of connections.
                 NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(listener))
@@ -126,7 +126,7 @@ fn sockets(pid: i32) -> Vec<u32> {
 
 /// As long as the kernel makes one message of an answer.
 const ANSWER_LEN_MAX: usize = 32 << 10;
-const NETLINK_ALIGNMENT: usize = 4;
+const NETLINK_ALIGNMENT: u32 = 4;
 
 #[cfg(test)]
 mod tests {

@@ -15,10 +15,11 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
+use godwit_memory::PageSet;
 use godwit_memory::ahead::Ahead;
 use godwit_memory::hide::Hidden;
+use godwit_memory::maps::{self, Dumped};
 use godwit_memory::tracker::{self, Collection, DirtyTracker};
-use godwit_memory::{PageSet, maps};
 use godwit_protocol::MigrationId;
 use godwit_protocol::plan::Way;
 use godwit_protocol::source::{Event, RoundSent};
@@ -309,12 +310,10 @@ impl Follower {
         let mut first = Vec::new();
         for pid in self.tasks.processes()? {
             let Ok(space) = maps::space(pid) else { continue };
-            let pages = maps::lazy(pid)?;
+            let Dumped { lazy: pages, injected } = maps::dumped(pid)?;
             self.hidden.set(pid, pages.clone());
-            let injected: PageSet = maps::injected(pid)?.into_iter().collect();
-            let dirty = injected.intersection(&pages);
-            if !dirty.is_empty() {
-                first.push(SpaceWork { space, pid, dirty, ..SpaceWork::default() });
+            if !injected.is_empty() {
+                first.push(SpaceWork { space, pid, dirty: injected, ..SpaceWork::default() });
             }
             lazy.insert(space, pages);
         }
