@@ -3,6 +3,7 @@
 //! The link is shaped, so that each of these phases lasts for seconds. The cases are alone on it.
 
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use containerd_client::types::v1::Status;
@@ -22,6 +23,7 @@ pub(super) fn cases() -> Vec<Case> {
         case!(target_worker_killed_in_a_round_leaves_the_source_running_untracked).alone(),
         case!(interrupt_in_a_round_leaves_the_source_running_untracked).alone(),
         case!(cancel_from_another_terminal_leaves_the_source_running_untracked).alone(),
+        case!(program_stopped_in_a_round_is_not_frozen).alone(),
         case!(auto_that_does_not_converge_gives_up_with_numbers).alone(),
         case!(auto_that_does_not_converge_goes_on_as_postcopy_where_allowed).alone(),
         case!(target_worker_killed_while_pages_are_missing_ends_the_container_and_says_so).alone(),
@@ -48,11 +50,7 @@ fn target_worker_killed_in_a_round_leaves_the_source_running_untracked(stage: &S
 }
 
 fn interrupt_in_a_round_leaves_the_source_running_untracked(stage: &Stage) -> Outcome {
-    fails_in_a_round(stage, |job, _| {
-        let client = i32::try_from(job.pid()).ok().and_then(Daemon::of);
-        client.ok_or_else(|| missing("the client"))?.signal(Signal::SIGINT);
-        Ok(())
-    })
+    fails_in_a_round(stage, |job, _| signal(job.pid(), Signal::SIGINT))
 }
 
 fn cancel_from_another_terminal_leaves_the_source_running_untracked(stage: &Stage) -> Outcome {
@@ -85,6 +83,28 @@ fn fails_in_a_round(stage: &Stage, disturb: impl Fn(&Job, &str) -> Outcome) -> O
     let before = BIG.counts(&container)?;
     let (moved, _) = move_by(&container, &stage.b, Mode::Precopy)?;
     BIG.assert_whole(&moved, &before)
+}
+
+/// Under version 1 of cgroups CRIU would wait for it for ever, and the preflight, which asks as well, was before.
+fn program_stopped_in_a_round_is_not_frozen(stage: &Stage) -> Outcome {
+    let (container, before, pid) = big(stage)?;
+    let there = Container::adopt(&stage.b, container.id());
+    let slow = Shaped::link(stage, SLOW)?;
+    let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Precopy, &[])?;
+    await_phase(&mut job, "it is tracked", || is_tracked(pid))?;
+    signal(pid, Signal::SIGSTOP)?;
+    drop(slow);
+    let answer = answer(job)?;
+    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        signal(there.pid()?, Signal::SIGCONT)?;
+        return BIG.assert_whole(&there, &before);
+    }
+    signal(pid, Signal::SIGCONT)?;
+    let cause = answer.failed()?;
+    assert!(cause.contains(&format!("process {pid} is stopped")), "{cause}");
+    assert_thawed(&container)?;
+    BIG.assert_whole(&container, &before)?;
+    assert_stayed(&container, pid, &there)
 }
 
 /// Kills a worker of `site` while the container is frozen, and claims that it goes on at the source, whole, and thawed.
@@ -289,6 +309,12 @@ fn big(stage: &Stage) -> Result<(Container<'_>, Counts, u32), Trouble> {
     let container = BIG.run_on(&stage.a)?;
     let (counts, pid) = (BIG.counts(&container)?, container.pid()?);
     Ok((container, counts, pid))
+}
+
+fn signal(pid: u32, signal: Signal) -> Outcome {
+    let process = i32::try_from(pid).ok().and_then(Daemon::of);
+    process.ok_or_else(|| missing("the process"))?.signal(signal);
+    Ok(())
 }
 
 /// Waits without rest until a migration is in a phase; it may not be for long.

@@ -164,10 +164,9 @@ pub fn blockers(stored: &Stored, criu: Version) -> Result<Vec<Blocker>> {
         limits_hidden: !machine::has_sys_resource(),
         ip_trouble: machine::tcp_trouble(criu),
         own_user_namespace: namespace("self", "user"),
-        stopped_hang: !cgroup::is_unified()?,
         sockets: RefCell::default(),
     };
-    let mut found = Vec::new();
+    let mut found = stopped(&pids)?;
     for pid in pids {
         if family.contains(&pid) {
             context.look_at(pid, &mut found);
@@ -182,12 +181,22 @@ pub fn blockers(stored: &Stored, criu: Version) -> Result<Vec<Blocker>> {
     Ok(found)
 }
 
+/// Those of a container's processes that CRIU would wait for for ever, because they are stopped. Who freezes asks again:
+/// what was found before the memory was copied is old.
+///
+/// # Errors
+/// When the version of cgroups cannot be told.
+pub fn stopped(pids: &[i32]) -> Result<Vec<Blocker>> {
+    let hangs = !cgroup::is_unified()?;
+    let stopped = pids.iter().filter(|pid| hangs && is_stopped(**pid));
+    Ok(stopped.map(|pid| Blocker::Stopped { pid: *pid }).collect())
+}
+
 struct Context {
     init: i32,
     limits_hidden: bool,
     ip_trouble: Option<String>,
     own_user_namespace: Option<PathBuf>,
-    stopped_hang: bool,
     /// By network namespace: a busy server's table of connections takes a second to read.
     sockets: RefCell<HashMap<Option<PathBuf>, Rc<Sockets>>>,
 }
@@ -207,9 +216,6 @@ impl Context {
             && let Some(uid) = foreign_user(pid)
         {
             found.push(Blocker::OtherUser { pid, uid });
-        }
-        if self.stopped_hang && is_stopped(pid) {
-            found.push(Blocker::Stopped { pid });
         }
         self.look_at_files(pid, found);
     }
@@ -399,7 +405,6 @@ mod tests {
             limits_hidden: false,
             ip_trouble: Some("old".to_owned()),
             own_user_namespace: None,
-            stopped_hang: true,
             sockets: RefCell::default(),
         };
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

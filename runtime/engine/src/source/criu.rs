@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use godwit_container::cgroup::FREEZE_LIMIT;
-use godwit_container::checkpoint::{CheckpointOptions, Decision, Dump, Outcome, in_flight};
+use godwit_container::checkpoint::{CheckpointOptions, Decision, Dump, Outcome, in_flight, preflight};
 use godwit_container::{Stored, cgroup};
 use godwit_criu::Program;
 use godwit_memory::MemoryError;
@@ -93,6 +93,9 @@ impl Checkpointer for CriuCheckpointer {
     }
 
     fn freeze(&mut self) -> Result<(), Cause> {
+        if let Some(stopped) = preflight::stopped(&cgroup::processes(&self.stored)?)?.first() {
+            return Err(stopped.to_string().into());
+        }
         self.frozen = Some(self.freezer.freeze(FREEZE_LIMIT)?);
         Ok(())
     }
