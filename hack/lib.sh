@@ -22,11 +22,30 @@ need_root() {
     [[ $(id -u) == 0 ]] || die "needs root"
 }
 
-# Builds what the nodes of a demonstration or a benchmark run, and the chores themselves; arguments name further
-# packages.
+# Builds what the nodes of a demonstration or a benchmark run, and the chores themselves.
 build_release() {
     say "building in release mode (into $CARGO_TARGET_DIR)"
     cargo build --release --quiet --manifest-path "$top/Cargo.toml" \
-        -p godwit -p containerd-shim-godwit -p xtask "${@/#/--package=}" --bins
+        -p godwit -p containerd-shim-godwit -p xtask -p godwit-integration --bins
     export GODWIT_BIN=$CARGO_TARGET_DIR/release
+}
+
+# Runs a chore of xtask. A signal ends it and all it has started, and what it had brought up is removed.
+run_chore() {
+    local chore status=0
+    # In a process group of its own, without the ignored signals of a job in the background.
+    set -m
+    "$CARGO_TARGET_DIR/release/xtask" "$@" </dev/null &
+    chore=$!
+    set +m
+    trap 'kill -TERM -- "-$chore" 2>/dev/null || true' INT TERM HUP
+    while kill -0 "$chore" 2>/dev/null; do
+        status=0
+        wait "$chore" || status=$?
+    done
+    if ((status > 128)); then
+        "$CARGO_TARGET_DIR/release/testbed" sweep >&2
+        "$top/hack/guests" sweep >&2
+    fi
+    return "$status"
 }

@@ -1,8 +1,10 @@
 //! A figure: what was measured, on what, by which command, as JSON, CSV and SVG.
+//!
+//! The CSV is there from the first row on, so that hours of measuring are not lost to whatever ends them early.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde::Serialize;
@@ -19,6 +21,8 @@ pub(crate) type Row = Map<String, Value>;
 #[derive(Debug, Serialize)]
 pub(crate) struct Figure {
     name: String,
+    #[serde(skip)]
+    dir: PathBuf,
     machine: BTreeMap<&'static str, String>,
     versions: BTreeMap<String, String>,
     command: String,
@@ -27,10 +31,11 @@ pub(crate) struct Figure {
 }
 
 impl Figure {
-    /// Begins a figure and notes the machine and the command line it was asked for with.
-    pub(crate) fn new(name: &str) -> Self {
+    /// Begins a figure in `dir`, and notes the machine and the command line it was asked for with.
+    pub(crate) fn new(name: &str, dir: &Path) -> Self {
         Self {
             name: name.to_owned(),
+            dir: dir.to_owned(),
             machine: machine(),
             versions: BTreeMap::new(),
             command: format!("hack/{}", std::env::args().skip(1).collect::<Vec<_>>().join(" ")),
@@ -49,8 +54,11 @@ impl Figure {
         self.versions.insert(name.to_owned(), text);
     }
 
-    /// Adds a measurement and shows it on the terminal.
-    pub(crate) fn add(&mut self, row: Value) {
+    /// Adds a measurement: to the CSV, and on the terminal.
+    ///
+    /// # Errors
+    /// If the CSV cannot be written.
+    pub(crate) fn add(&mut self, row: Value) -> Result<()> {
         if let Value::Object(row) = row {
             let shown = ["memory_mb", "mode", "images", "content", "rate", "contender", "run", "outcome"];
             let shown = shown.iter().filter_map(|name| row.get(*name)).map(|value| match value {
@@ -59,10 +67,12 @@ impl Figure {
             });
             let seen = ["downtime_ms", "observed_downtime_ms", "total_ms", "fill_ms", "goodput_mbit_per_s"];
             let seen = seen.into_iter().chain(["pages_written_in_1_s", "pages_written_in_5_s"]);
+            let seen = seen.chain(["run_latency_ms", "rss_kib"]);
             let seen = seen.filter_map(|name| Some(format!("{name} {:.1}", row.get(name)?.as_f64()?)));
             println!("{}", shown.chain(seen).collect::<Vec<_>>().join(", "));
             self.rows.push(row);
         }
+        self.write_csv()
     }
 
     /// The spread of the column `value` over the rows that have it and all of `wanted`.
@@ -89,13 +99,11 @@ impl Figure {
     ///
     /// # Errors
     /// If a file cannot be written, or there is nothing to draw.
-    pub(crate) fn write(&self, dir: &Path, drawing: &Drawing) -> Result<()> {
-        fs::create_dir_all(dir)?;
-        let path = |extension: &str| dir.join(format!("{}.{extension}", self.name));
-        fs::write(path("json"), serde_json::to_string_pretty(self)? + "\n")?;
-        fs::write(path("csv"), self.csv())?;
-        drawing.write(&path("svg"), &self.name)?;
-        println!("wrote {}, .csv and .svg", path("json").display());
+    pub(crate) fn write(&self, drawing: &Drawing) -> Result<()> {
+        self.write_csv()?;
+        fs::write(self.path("json"), serde_json::to_string_pretty(self)? + "\n")?;
+        drawing.write(&self.path("svg"), &self.name)?;
+        println!("wrote {}, .csv and .svg", self.path("json").display());
         Ok(())
     }
 
@@ -103,9 +111,18 @@ impl Figure {
     ///
     /// # Errors
     /// As [`Figure::write`].
-    pub(crate) fn draw(&self, dir: &Path, what: &str, drawing: &Drawing) -> Result<()> {
-        fs::create_dir_all(dir)?;
-        drawing.write(&dir.join(format!("{}-{what}.svg", self.name)), &format!("{} {what}", self.name))
+    pub(crate) fn draw(&self, what: &str, drawing: &Drawing) -> Result<()> {
+        fs::create_dir_all(&self.dir)?;
+        drawing.write(&self.dir.join(format!("{}-{what}.svg", self.name)), &format!("{} {what}", self.name))
+    }
+
+    fn write_csv(&self) -> Result<()> {
+        fs::create_dir_all(&self.dir)?;
+        Ok(fs::write(self.path("csv"), self.csv())?)
+    }
+
+    fn path(&self, extension: &str) -> PathBuf {
+        self.dir.join(format!("{}.{extension}", self.name))
     }
 
     fn csv(&self) -> String {
@@ -157,14 +174,15 @@ mod tests {
     #[test]
     fn a_figure_is_written_in_three_forms() {
         let dir = std::env::temp_dir().join(format!("godwit-figure-{}", std::process::id()));
-        let mut figure = Figure::new("sample");
+        let mut figure = Figure::new("sample", &dir);
         for (run, ms) in [(1, 10.0), (2, 30.0)] {
-            let row = serde_json::json!({"run": run, "ms": ms, "who": "a \"b\""});
-            figure.rows.push(row.as_object().cloned().unwrap());
+            figure.add(serde_json::json!({"run": run, "ms": ms, "who": "a \"b\""})).unwrap();
+            let early = fs::read_to_string(dir.join("sample.csv")).unwrap();
+            assert_eq!(early.lines().count(), 1 + run, "a row is written when it is there");
         }
         let spread = Spread::of([10.0, 30.0]).unwrap();
         let bars = vec![Bar { label: "a".to_owned(), spread }];
-        figure.write(&dir, &Drawing::Bars { unit: "ms".to_owned(), bars }).unwrap();
+        figure.write(&Drawing::Bars { unit: "ms".to_owned(), bars }).unwrap();
         let csv = fs::read_to_string(dir.join("sample.csv")).unwrap();
         let json: Value = serde_json::from_slice(&fs::read(dir.join("sample.json")).unwrap()).unwrap();
         let svg = fs::read_to_string(dir.join("sample.svg")).unwrap();

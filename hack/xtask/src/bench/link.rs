@@ -19,7 +19,7 @@ use crate::figure::Figure;
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let runs = arguments.runs(1, 5);
     let streams: &[u8] = if arguments.full { &[1, 2, 4, 8] } else { &[1, 2, 4] };
-    let mut figure = Figure::new("link");
+    let mut figure = Figure::new("link", &arguments.out);
     note_versions(&mut figure, arguments.containerd)?;
     figure.note_version("iperf3", "iperf3".as_ref());
     for (rate, name, memory_mb) in [(Some("1gbit"), "shaped", 512), (None, "unshaped", 1024)] {
@@ -30,14 +30,14 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
                     json!({"rate": rate.unwrap_or(name), "link": name, "streams": count, "run": run,
                         "contender": contender})
                 };
-                figure.add(merged(row(IPERF), by_iperf(&stage, count)?));
-                figure.add(merged(row(GODWIT), by_godwit(&stage, count, memory_mb)?));
+                figure.add(merged(row(IPERF), by_iperf(&stage, count)?))?;
+                figure.add(merged(row(GODWIT), by_godwit(&stage, count, memory_mb)?))?;
             }
         }
         stage.down()?;
     }
     let bars = sum_up(&mut figure, streams)?;
-    figure.write(&arguments.out, &Drawing::Bars { unit: "Mbit/s".to_owned(), bars })
+    figure.write(&Drawing::Bars { unit: "Mbit/s".to_owned(), bars })
 }
 
 fn by_godwit(stage: &Stage, streams: u8, memory_mb: u32) -> Result<Value> {

@@ -76,7 +76,7 @@ enum Name {
 /// Measures the figure that was asked for.
 ///
 /// # Errors
-/// If the bed, a contender or the writing of the figure fails; a figure is whole or not written.
+/// If the bed, a contender or the writing of the figure fails; the rows until then are in NAME.csv.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     match arguments.name {
         Name::Shim => shim::run(arguments),

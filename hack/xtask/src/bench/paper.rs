@@ -17,7 +17,7 @@ use crate::figure::Figure;
 /// Runs the figure.
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let runs = arguments.runs(1, 5);
-    let mut figure = Figure::new("figure");
+    let mut figure = Figure::new("figure", &arguments.out);
     note_versions(&mut figure, arguments.containerd)?;
     for rate in [None, Some("1gbit")] {
         let stage = Stage::up("figure", arguments.containerd, rate)?;
@@ -30,7 +30,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
                         "memory_mb": memory_mb, "mode": mode.name(), "images": images.name(), "content": load.name(),
                         "rate": rate.unwrap_or(UNSHAPED), "run": run,
                     });
-                    figure.add(merged(row, columns(&moved, images, memory_mb)));
+                    figure.add(merged(row, columns(&moved, images, memory_mb)))?;
                 }
             }
         }
@@ -40,9 +40,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         let lines = sum_up(&mut figure, column)?;
         let drawing =
             Drawing::Lines { across: "memory in MB".to_owned(), up: format!("{unit} in ms"), series: lines };
-        figure.draw(&arguments.out, column, &drawing)?;
+        figure.draw(column, &drawing)?;
         if column == "downtime_ms" {
-            figure.write(&arguments.out, &drawing)?;
+            figure.write(&drawing)?;
         }
     }
     Ok(())

@@ -18,7 +18,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         plan.extend([(Load::Rewriting, MEMORY_MB), (Load::Rate(1000), MEMORY_MB), (Load::Idle, 100)]);
     }
     let runs = arguments.runs(1, 5);
-    let mut figure = Figure::new("peers");
+    let mut figure = Figure::new("peers", &arguments.out);
     note_versions(&mut figure, arguments.containerd)?;
     let stage = Stage::up("peers", arguments.containerd, None)?;
     for run in 1..=runs {
@@ -30,14 +30,14 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     }
     stage.down()?;
     let bars = sum_up(&mut figure, &plan)?;
-    figure.write(&arguments.out, &Drawing::Bars { unit: "observed downtime in ms".to_owned(), bars })
+    figure.write(&Drawing::Bars { unit: "observed downtime in ms".to_owned(), bars })
 }
 
 /// Runs the figure that compares native mode alone.
 pub(super) fn run_native(arguments: &Arguments) -> Result<()> {
     let runs = arguments.runs(1, 5);
     let sizes: &[u32] = if arguments.full { &[100, 512, 1024] } else { &[1024] };
-    let mut figure = Figure::new("native");
+    let mut figure = Figure::new("native", &arguments.out);
     note_versions(&mut figure, arguments.containerd)?;
     let stage = Stage::up("native", arguments.containerd, None)?;
     let contenders = [Contender::Ctr, Contender::Godwit(Mode::Native)];
@@ -62,14 +62,14 @@ pub(super) fn run_native(arguments: &Arguments) -> Result<()> {
             bars.extend(spread.map(|spread| Bar { label, spread }));
         }
     }
-    figure.write(&arguments.out, &Drawing::Bars { unit: "observed downtime in ms".to_owned(), bars })
+    figure.write(&Drawing::Bars { unit: "observed downtime in ms".to_owned(), bars })
 }
 
 /// Runs the figure that shows a program which writes pages at random without rest, after a move by which pages come
 /// when it runs already.
 pub(super) fn run_access(arguments: &Arguments) -> Result<()> {
     let runs = arguments.runs(3, 10);
-    let mut figure = Figure::new("access");
+    let mut figure = Figure::new("access", &arguments.out);
     note_versions(&mut figure, arguments.containerd)?;
     let stage = Stage::up("access", arguments.containerd, None)?;
     for run in 1..=runs {
@@ -92,7 +92,7 @@ pub(super) fn run_access(arguments: &Arguments) -> Result<()> {
         let ratio = ours.zip(theirs).map(|(ours, theirs)| ours.median / theirs.median.max(1.0));
         figure.sum_up(&[column, "postcopy_over_runc_lazy"], ratio)?;
     }
-    figure.write(&arguments.out, &Drawing::Bars { unit: "pages written in the first 5 s".to_owned(), bars })
+    figure.write(&Drawing::Bars { unit: "pages written in the first 5 s".to_owned(), bars })
 }
 
 fn measure(
@@ -105,7 +105,7 @@ fn measure(
 ) -> Result<()> {
     let row =
         json!({"memory_mb": memory_mb, "content": load.name(), "contender": contender.name(), "run": run});
-    figure.add(merged(row, contender.measure(stage, load, memory_mb)?));
+    figure.add(merged(row, contender.measure(stage, load, memory_mb)?))?;
     Ok(())
 }
 

@@ -23,7 +23,7 @@ use crate::figure::Figure;
 /// Runs the figure.
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let loads: &[Load] = if arguments.full { &[Load::Idle, Load::Rate(100)] } else { &[Load::Idle] };
-    let mut figure = Figure::new("predump");
+    let mut figure = Figure::new("predump", &arguments.out);
     note_versions(&mut figure, arguments.containerd)?;
     let guests = Guests::up([KERNEL; 2])?;
     let pair = Pair { a: guests.guest(NodeName::A), b: guests.guest(NodeName::B) };
@@ -41,7 +41,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
                     "contender": contender.name(), "content": load.name(), "memory_mb": MEMORY_MB, "run": run,
                     "outcome": "migrated", "observed_downtime_ms": ticks.gap_ms(clocks.ahead_us),
                     "clocks_known_to_ms": ms(clocks.known_to_us),
-                }));
+                }))?;
             }
         }
     }
@@ -61,8 +61,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         let ratio = theirs.zip(ours).map(|(theirs, ours)| theirs.median / ours.median);
         figure.sum_up(&["downtime_runc_predump_over_godwit", &load.name()], ratio)?;
     }
-    figure
-        .write(&arguments.out, &Drawing::Bars { unit: "observed downtime in ms, emulated".to_owned(), bars })
+    figure.write(&Drawing::Bars { unit: "observed downtime in ms, emulated".to_owned(), bars })
 }
 
 /// Who moves the container.

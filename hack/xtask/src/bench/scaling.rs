@@ -22,7 +22,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     loads.extend(sizes.iter().map(|size| (Load::Idle, *size)));
     loads.extend(rates.iter().map(|rate| (Load::Rate(*rate), RATE_MB)));
 
-    let mut figure = Figure::new("scaling");
+    let mut figure = Figure::new("scaling", &arguments.out);
     note_versions(&mut figure, arguments.containerd)?;
     let stage = Stage::up("scaling", arguments.containerd, None)?;
     for run in 1..=runs {
@@ -34,21 +34,18 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
                     "memory_mb": memory_mb, "mode": mode.name(), "content": load.name(), "run": run,
                     "written_pages_per_s": rate,
                 });
-                figure.add(merged(row, moved.columns()));
+                figure.add(merged(row, moved.columns()))?;
             }
         }
     }
     stage.down()?;
     sum_up(&mut figure)?;
     let stacks = stacks(&figure, &loads);
-    figure.write(
-        &arguments.out,
-        &Drawing::Stacks {
-            unit: "downtime in ms".to_owned(),
-            parts: PARTS.map(|(_, name)| name).to_vec(),
-            stacks,
-        },
-    )
+    figure.write(&Drawing::Stacks {
+        unit: "downtime in ms".to_owned(),
+        parts: PARTS.map(|(_, name)| name).to_vec(),
+        stacks,
+    })
 }
 
 /// An empty container has nothing by which modes could differ, and native is there to compare with.

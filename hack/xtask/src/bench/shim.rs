@@ -16,7 +16,7 @@ use crate::spread::Spread;
 /// Runs the figure.
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let pairs = arguments.runs(10, 50);
-    let mut figure = Figure::new("shim");
+    let mut figure = Figure::new("shim", &arguments.out);
     note_versions(&mut figure, arguments.containerd)?;
     let options = BedOptions { storage: Storage::Memory, ..BedOptions::for_test("bench-shim") };
     let bed = Bed::up(options.containerd(arguments.containerd))?;
@@ -36,10 +36,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
             }
             latency[contender].push(ms);
             rss[contender].push(kib);
-            let row = json!({"pair": pair, "runtime": runtime, "run_latency_ms": ms, "rss_kib": kib});
-            figure.rows.push(row.as_object().cloned().unwrap_or_default());
+            figure.add(json!({"contender": runtime, "run": pair, "run_latency_ms": ms, "rss_kib": kib}))?;
         }
-        println!("pair {pair} of {pairs}");
     }
     bed.down()?;
 
@@ -56,7 +54,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         }
         println!("{name}: godwit / runc = {:.2} ({:.2}..{:.2})", ratio.median, ratio.min, ratio.max);
     }
-    figure.write(&arguments.out, &Drawing::Bars { unit: "ms or KiB".to_owned(), bars })
+    figure.write(&Drawing::Bars { unit: "ms or KiB".to_owned(), bars })
 }
 
 fn run_latency_ms(node: &Node, runtime: &str, image: &str) -> Result<f64> {

@@ -1,8 +1,9 @@
 //! What following a program's memory costs: the stop to attach, the scans, and the program's own pace.
 //!
 //! A program on this machine writes pages at random between calculations, so that its pace shows every
-//! microsecond that a write takes longer. It is followed and left alone by turns; while followed, its pages are
-//! collected twice a second, as by rounds of pre-copy.
+//! microsecond that a write takes longer. It is followed and left alone by turns. While followed, its pages are
+//! collected as by rounds of pre-copy over a link of some speed: when the link could have carried what was found
+//! last. So it is the link that sets the pace of the faults: of each page, the first write after a scan is one.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -14,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use godwit_integration::process::wait_until;
 use godwit_integration::workload::hold::count_of;
-use godwit_memory::tracker::{DirtyTracker, WpAsyncTracker};
-use serde_json::json;
+use godwit_memory::tracker::{Collection, DirtyTracker, WpAsyncTracker};
+use serde_json::{Value, json};
 
 use super::stage::{merged, ms};
 use super::{Arguments, note_versions};
@@ -27,48 +28,42 @@ use crate::figure::Figure;
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let runs = arguments.runs(2, 5);
     let sizes: &[u32] = if arguments.full { &[100, 1024, 3096] } else { &[1024] };
-    let mut figure = Figure::new("tracker");
+    let mut figure = Figure::new("tracker", &arguments.out);
     note_versions(&mut figure, arguments.containerd)?;
     for &memory_mb in sizes {
         for turns in TURNS {
             let writer = Writer::start(memory_mb, turns)?;
             for run in 1..=runs {
-                let begin = writer.now();
-                thread::sleep(WINDOW);
-                let alone = writer.now().since(begin);
-                let followed = follow(&writer)?;
-                let pace = followed.pace;
-                let fault_us = fault_us(alone, &followed);
-                let row = json!({
-                    "memory_mb": memory_mb, "turns_between_writes": turns, "run": run,
-                    "alone_pages_per_s": alone.per_s, "slowdown": 1.0 - pace.per_s / alone.per_s,
-                    "alone_pages_per_cpu_s": alone.per_cpu_s,
-                    "slowdown_of_cpu": 1.0 - pace.per_cpu_s / alone.per_cpu_s,
-                });
-                figure.add(merged(
-                    row,
-                    json!({
-                        "followed_pages_per_s": pace.per_s, "followed_pages_per_cpu_s": pace.per_cpu_s,
-                        "attach_stop_ms": followed.stop_ms,
-                        "first_scan_ms": followed.first_scan_ms, "later_scan_ms": followed.later_scan_ms,
-                        "dirty_pages_per_collection": followed.dirty_pages, "us_per_fault": fault_us,
-                        "outcome": "measured",
-                    }),
-                ));
-                println!(
-                    "  {:.0} pages/s alone, {:.0} followed ({:.1} % fewer by processor time, {:.2} us a fault); stopped \
-                     {:.2} ms",
-                    alone.per_s,
-                    pace.per_s,
-                    100.0 * (1.0 - pace.per_cpu_s / alone.per_cpu_s),
-                    fault_us.unwrap_or(f64::NAN),
-                    followed.stop_ms
-                );
+                for link in LINKS {
+                    let begin = writer.now();
+                    thread::sleep(WINDOW);
+                    let alone = writer.now().since(begin);
+                    let followed = follow(&writer, link)?;
+                    let row = json!({
+                        "memory_mb": memory_mb, "turns_between_writes": turns, "rate": link.name, "run": run,
+                    });
+                    figure.add(merged(row, columns(alone, &followed)))?;
+                }
             }
         }
     }
     let bars = sum_up(&mut figure, sizes)?;
-    figure.write(&arguments.out, &Drawing::Bars { unit: "pages/s or ms".to_owned(), bars })
+    figure.write(&Drawing::Bars { unit: "pages/s or ms".to_owned(), bars })
+}
+
+/// The columns of what a program did alone and followed.
+fn columns(alone: Pace, followed: &Followed) -> Value {
+    let pace = followed.pace;
+    json!({
+        "alone_pages_per_s": alone.per_s, "alone_pages_per_cpu_s": alone.per_cpu_s,
+        "followed_pages_per_s": pace.per_s, "followed_pages_per_cpu_s": pace.per_cpu_s,
+        "slowdown": 1.0 - pace.per_s / alone.per_s,
+        "slowdown_of_cpu": 1.0 - pace.per_cpu_s / alone.per_cpu_s,
+        "attach_stop_ms": followed.stop_ms,
+        "first_scan_ms": followed.first_scan_ms, "later_scan_ms": followed.later_scan_ms,
+        "rounds": followed.rounds, "faults_per_s": followed.faults / pace.seconds(),
+        "us_per_fault": fault_us(alone, followed), "outcome": "measured",
+    })
 }
 
 /// What a page that is found written cost the program: the processor time that its pages took more than alone.
@@ -88,18 +83,22 @@ fn sum_up(figure: &mut Figure, sizes: &[u32]) -> Result<Vec<Bar>> {
                 spread.map(|spread| Bar { label: format!("{column} ({unit}), {memory_mb} MB"), spread }),
             );
         }
-        for turns in TURNS {
-            let wanted = [("memory_mb", json!(memory_mb)), ("turns_between_writes", json!(turns))];
-            let columns =
-                ["alone_pages_per_s", "followed_pages_per_s", "slowdown", "slowdown_of_cpu", "us_per_fault"];
-            let [alone, followed, slowdown, of_cpu, of_fault] =
-                columns.map(|column| figure.spread(&wanted, column));
-            let Some(pace) = alone.map(|spread| format!("at {:.0} pages/s", spread.median)) else { continue };
-            figure.sum_up(&["slowdown", &size, &pace], slowdown)?;
-            figure.sum_up(&["slowdown_of_cpu", &size, &pace], of_cpu)?;
-            figure.sum_up(&["us_per_fault", &size, &pace], of_fault)?;
-            for (name, spread) in [("alone", alone), ("followed", followed)] {
-                let label = format!("{name} (pages/s), {memory_mb} MB, {turns} turns");
+        for (turns, link) in TURNS.into_iter().flat_map(|turns| LINKS.map(|link| (turns, link))) {
+            let wanted = [
+                ("memory_mb", json!(memory_mb)),
+                ("turns_between_writes", json!(turns)),
+                ("rate", json!(link.name)),
+            ];
+            let of = |figure: &Figure, column| figure.spread(&wanted, column);
+            let Some(alone) = of(figure, "alone_pages_per_s") else { continue };
+            let pace = format!("at {:.0} pages/s", alone.median);
+            for column in ["slowdown", "slowdown_of_cpu", "faults_per_s", "us_per_fault"] {
+                let spread = of(figure, column);
+                figure.sum_up(&[column, &size, link.name, &pace], spread)?;
+            }
+            let followed = of(figure, "followed_pages_per_s");
+            for (name, spread) in [("alone", Some(alone)), ("followed", followed)] {
+                let label = format!("{name} (pages/s), {memory_mb} MB, {turns} turns, {}", link.name);
                 bars.extend(spread.map(|spread| Bar { label, spread }));
             }
         }
@@ -113,24 +112,26 @@ struct Followed {
     stop_ms: f64,
     first_scan_ms: f64,
     later_scan_ms: f64,
-    dirty_pages: f64,
+    rounds: u32,
     /// Pages found written in all: each began with a fault.
     faults: f64,
 }
 
-fn follow(writer: &Writer) -> Result<Followed> {
+fn follow(writer: &Writer, link: Link) -> Result<Followed> {
     let pid = [i32::try_from(writer.child.id())?];
     let mut tracker = WpAsyncTracker::new(STOP_LIMIT)?;
     let armed = tracker.arm(&pid)?;
     let stop = armed.stopped.first().ok_or("the program cannot be followed")?.1;
     let first = tracker.collect(&pid)?;
     let from = writer.now();
-    let (mut scan, mut dirty, mut rounds) = (Duration::ZERO, 0, 0_u32);
+    let (mut scan, mut faults, mut rounds) = (Duration::ZERO, 0, 0_u32);
+    let mut found = pages_in(&first);
     while from.time.elapsed() < WINDOW {
-        thread::sleep(ROUND);
+        thread::sleep(link.time_for(found));
         let collection = tracker.collect(&pid)?;
         scan += collection.scan;
-        dirty += collection.deltas.iter().map(|delta| delta.dirty.pages()).sum::<u64>();
+        found = pages_in(&collection);
+        faults += found;
         rounds += 1;
     }
     Ok(Followed {
@@ -138,9 +139,27 @@ fn follow(writer: &Writer) -> Result<Followed> {
         stop_ms: ms(stop),
         first_scan_ms: ms(first.scan),
         later_scan_ms: ms(scan / rounds.max(1)),
-        dirty_pages: dirty as f64 / f64::from(rounds.max(1)),
-        faults: dirty as f64,
+        rounds,
+        faults: faults as f64,
     })
+}
+
+fn pages_in(collection: &Collection) -> u64 {
+    collection.deltas.iter().map(|delta| delta.dirty.pages()).sum()
+}
+
+/// A link that would carry what is found.
+#[derive(Debug, Clone, Copy)]
+struct Link {
+    name: &'static str,
+    bits_per_s: f64,
+}
+
+impl Link {
+    /// How long a round takes that sends so many pages.
+    fn time_for(self, pages: u64) -> Duration {
+        Duration::from_secs_f64(pages as f64 * PAGE_BITS / self.bits_per_s).max(ROUND_MIN)
+    }
 }
 
 /// A program that writes, and how many pages it says it has written.
@@ -204,6 +223,12 @@ struct Pace {
     per_cpu_s: f64,
 }
 
+impl Pace {
+    fn seconds(self) -> f64 {
+        self.pages / self.per_s
+    }
+}
+
 impl Moment {
     fn since(self, earlier: Self) -> Pace {
         let pages = self.pages.saturating_sub(earlier.pages) as f64;
@@ -226,6 +251,11 @@ impl Drop for Writer {
 const TURNS: [u32; 4] = [0, 2_000, 10_000, 100_000];
 /// The unit of times in stat(5), on every Linux there is.
 const TICKS_PER_S: f64 = 100.0;
+/// A slow link of today, and about what two ends on one machine come to.
+const LINKS: [Link; 2] = [Link { name: "1gbit", bits_per_s: 1e9 }, Link { name: "10gbit", bits_per_s: 10e9 }];
+const PAGE_BITS: f64 = 4096.0 * 8.0;
+/// A program is followed for so long, and to the end of a round.
 const WINDOW: Duration = Duration::from_secs(4);
-const ROUND: Duration = Duration::from_millis(500);
+/// What a round takes with nothing to send.
+const ROUND_MIN: Duration = Duration::from_millis(100);
 const STOP_LIMIT: Duration = Duration::from_millis(500);
