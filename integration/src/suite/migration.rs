@@ -2,6 +2,7 @@
 
 use containerd_client::tonic::Code;
 use containerd_client::types::v1::Status;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::container::Container;
@@ -78,6 +79,12 @@ impl Answer {
     #[must_use]
     pub fn number(&self, path: &str) -> Option<f64> {
         self.at(path).and_then(Value::as_f64)
+    }
+
+    /// Returns what is at a path such as `faults`, or `None` where there is nothing of that kind.
+    #[must_use]
+    pub fn part<T: DeserializeOwned>(&self, path: &str) -> Option<T> {
+        serde_json::from_value(self.at(path)?.clone()).ok()
     }
 
     /// Returns what was done otherwise than asked.

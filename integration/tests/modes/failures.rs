@@ -14,7 +14,7 @@ use godwit_protocol::worker::Snapshot;
 use godwit_protocol::{Mode, Phase};
 use nix::sys::signal::Signal;
 
-use super::claim::{PATIENCE, answer, assert_stayed, move_by, move_with, start};
+use super::claim::{PATIENCE, answer, assert_stayed, assert_threads, move_by, move_with, start};
 use super::storm::{Counts, Storm};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -239,6 +239,9 @@ fn is_whole_after_postcopy(stage: &Stage, disturb: impl Fn(&str) -> Result<bool,
         BIG.assert_whole(&there, &before)?;
         let twice = answer.number("pages.duplicate");
         assert!(twice.is_none_or(|pages| pages == 0.0), "{twice:?} pages came twice");
+        if let Some(faults) = answer.part("faults") {
+            assert_threads(&faults, &faults);
+        }
         if disturbed {
             return Ok(());
         }

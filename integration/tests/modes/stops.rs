@@ -82,11 +82,30 @@ impl Watched {
     }
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+/// How often and for how long a task was stopped. An injection stops it twice, and between that it makes a system call:
+/// stops that are no further apart than one may be long count as one.
+#[derive(Clone, Copy, Debug)]
 struct Stopped {
     times: u64,
     longest: Duration,
-    since: Option<Instant>,
+    began: Instant,
+    seen: Instant,
+}
+
+impl Stopped {
+    fn once(now: Instant) -> Self {
+        Self { times: 1, longest: Duration::ZERO, began: now, seen: now }
+    }
+
+    /// Takes in that it is seen stopped, where looks are so far apart at most.
+    fn again(&mut self, now: Instant, gap: Duration) {
+        if now - self.seen > STOP_MAX + gap {
+            self.times += 1;
+            self.began = now;
+        }
+        self.seen = now;
+        self.longest = self.longest.max(now - self.began);
+    }
 }
 
 fn watch(tasks: &[String], freezer: &str, over: &AtomicBool) -> Watched {
@@ -104,20 +123,11 @@ fn watch(tasks: &[String], freezer: &str, over: &AtomicBool) -> Watched {
         watched.looks += 1;
         watched.longest_gap = watched.longest_gap.max(now - last);
         last = now;
-        for (task, state) in tasks.iter().zip(states) {
-            let is_stopped = state == State::Stopped;
-            if !is_stopped && !watched.stops.contains_key(task) {
-                continue;
-            }
-            let stopped = watched.stops.entry(task.clone()).or_default();
-            match (is_stopped, stopped.since) {
-                (true, None) => {
-                    stopped.times += 1;
-                    stopped.since = Some(now);
-                }
-                (true, Some(since)) => stopped.longest = stopped.longest.max(now - since),
-                (false, _) => stopped.since = None,
-            }
+        let gap = watched.longest_gap;
+        let stopped = tasks.iter().zip(states).filter(|(_, state)| *state == State::Stopped);
+        for (task, _) in stopped {
+            let known = watched.stops.entry(task.clone());
+            known.and_modify(|known| known.again(now, gap)).or_insert_with(|| Stopped::once(now));
         }
         thread::sleep(LOOK_EVERY);
     }
