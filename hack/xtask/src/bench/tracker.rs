@@ -83,23 +83,21 @@ fn sum_up(figure: &mut Figure, sizes: &[u32]) -> Result<Vec<Bar>> {
                 spread.map(|spread| Bar { label: format!("{column} ({unit}), {memory_mb} MB"), spread }),
             );
         }
-        for (turns, link) in TURNS.into_iter().flat_map(|turns| LINKS.map(|link| (turns, link))) {
-            let wanted = [
-                ("memory_mb", json!(memory_mb)),
-                ("turns_between_writes", json!(turns)),
-                ("rate", json!(link.name)),
-            ];
-            let of = |figure: &Figure, column| figure.spread(&wanted, column);
-            let Some(alone) = of(figure, "alone_pages_per_s") else { continue };
+        for turns in TURNS {
+            let writer = [("memory_mb", json!(memory_mb)), ("turns_between_writes", json!(turns))];
+            let Some(alone) = figure.spread(&writer, "alone_pages_per_s") else { continue };
             let pace = format!("at {:.0} pages/s", alone.median);
-            for column in ["slowdown", "slowdown_of_cpu", "faults_per_s", "us_per_fault"] {
-                let spread = of(figure, column);
-                figure.sum_up(&[column, &size, link.name, &pace], spread)?;
-            }
-            let followed = of(figure, "followed_pages_per_s");
-            for (name, spread) in [("alone", Some(alone)), ("followed", followed)] {
-                let label = format!("{name} (pages/s), {memory_mb} MB, {turns} turns, {}", link.name);
-                bars.extend(spread.map(|spread| Bar { label, spread }));
+            let label = |name: &str| format!("{name} (pages/s), {memory_mb} MB, {turns} turns");
+            bars.push(Bar { label: label("alone"), spread: alone });
+            for link in LINKS {
+                let wanted = [writer.as_slice(), &[("rate", json!(link.name))]].concat();
+                for column in ["slowdown", "slowdown_of_cpu", "faults_per_s", "us_per_fault"] {
+                    let spread = figure.spread(&wanted, column);
+                    figure.sum_up(&[column, &size, link.name, &pace], spread)?;
+                }
+                let followed = figure.spread(&wanted, "followed_pages_per_s");
+                let label = label(&format!("followed at {}", link.name));
+                bars.extend(followed.map(|spread| Bar { label, spread }));
             }
         }
     }
