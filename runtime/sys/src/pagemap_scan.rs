@@ -14,6 +14,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::OnceLock;
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -175,7 +177,12 @@ impl Pagemap {
         Ok(Scanned { count, walk_end: argument.walk_end.clamp(range.start(), range.end()) })
     }
 
-    /// Scans all of `range` and hands every region to `each`, in order.
+    /// Scans all of `range` and hands every region to `each`, in order; one that crosses a multiple of 64 MiB
+    /// comes in parts.
+    ///
+    /// The kernel keeps the process from mapping memory while it walks, 7 ms for each GiB that is there and 20 where all
+    /// is written, so it is asked for a piece at a time. Who asks again at once overtakes those that wait, for 4 ms each
+    /// time, so there is a pause in between. Where nothing is there, which takes no time, pieces grow.
     ///
     /// # Errors
     /// As [`Pagemap::scan`]. Regions handed over before the failure are true; the rest is unknown.
@@ -187,8 +194,14 @@ impl Pagemap {
         mut each: impl FnMut(PageRange, Categories),
     ) -> Result<()> {
         let mut rest = Some(range);
+        let mut piece_bytes = PIECE_BYTES;
         while let Some(range) = rest {
-            let scanned = self.scan(range, scan, buffer)?;
+            let piece = up_to_multiple(range, piece_bytes);
+            let mut scanned = self.scan(piece, scan, buffer)?;
+            if scanned.walk_end == range.start() && piece != range {
+                // It begins with a huge page larger than itself, which can only be protected as a whole.
+                scanned = self.scan(range, scan, buffer)?;
+            }
             for region in &buffer[..scanned.count] {
                 if let Some(pages) = PageRange::new(region.start, region.end) {
                     each(pages, region.categories);
@@ -199,6 +212,14 @@ impl Pagemap {
                 return Err(SysError::Call { call: "ioctl(PAGEMAP_SCAN)", errno: Errno::EPROTO });
             }
             rest = PageRange::new(scanned.walk_end, range.end());
+            if scanned.count == 0 {
+                piece_bytes = piece_bytes.saturating_mul(2);
+            } else {
+                piece_bytes = PIECE_BYTES;
+                if rest.is_some() {
+                    thread::sleep(PAUSE);
+                }
+            }
         }
         Ok(())
     }
@@ -218,6 +239,12 @@ impl Pagemap {
         }
         Ok(count)
     }
+}
+
+/// The part of `range` before the next multiple of `bytes`.
+fn up_to_multiple(range: PageRange, bytes: u64) -> PageRange {
+    let end = (range.start() / bytes + 1).saturating_mul(bytes);
+    PageRange::new(range.start(), end.min(range.end())).unwrap_or(range)
 }
 
 /// Whether this kernel tells guard pages apart, found out on a page of our own.
@@ -288,6 +315,11 @@ const _: () = assert!(size_of::<ScanArgument>() == 96);
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`
 pub(crate) const PAGEMAP_SCAN: u64 = 0xc060_6610;
+/// What [`Pagemap::scan_all`] asks for at once: pages that the kernel walks in about a millisecond. A multiple of the usual
+/// huge pages, for a part of one would be torn from it.
+const PIECE_BYTES: u64 = 64 << 20;
+/// For whoever waits to take the lock.
+const PAUSE: Duration = Duration::from_micros(50);
 const WP_MATCHING: u64 = 1 << 0;
 const CHECK_WPASYNC: u64 = 1 << 1;
 
@@ -332,6 +364,39 @@ mod tests {
             matches!(answer, Err(SysError::Call { errno: Errno::ESRCH | Errno::ENOTTY, .. })),
             "{answer:?}"
         );
+    }
+
+    #[test]
+    fn what_is_scanned_in_pieces_is_found_once_and_in_order() {
+        let pages = PIECE_BYTES / PAGE_BYTES;
+        let arena = Arena::map(16 * PIECE_BYTES).unwrap();
+        let first = arena.range().start().next_multiple_of(PIECE_BYTES) - arena.range().start();
+        let first = first / PAGE_BYTES;
+        let faults = Userfaultfd::for_arena(&arena).unwrap();
+        faults
+            .enable(Features::WP_ASYNC.with(Features::WP_UNPOPULATED).with(Features::PAGEFAULT_WP))
+            .unwrap();
+        let _faults = faults.register(Mode::WriteProtect).unwrap();
+        // On both sides of a border, behind a gap of pieces, and in the last page.
+        let stored = [first, first + pages - 1, first + pages, first + 11 * pages + 7, 16 * pages - 1];
+        for page in stored {
+            arena.store(page * 512, 1);
+        }
+        assert_eq!(written(&arena), stored.map(|page| (page, 1)));
+        assert_eq!(written(&arena), []);
+    }
+
+    #[test]
+    fn pieces_end_at_multiples_and_with_the_range() {
+        let range = |start: u64, end: u64| PageRange::new(start * PAGE_BYTES, end * PAGE_BYTES).unwrap();
+        for (bytes, whole, piece) in [
+            (8, range(3, 30), range(3, 8)),
+            (8, range(8, 30), range(8, 16)),
+            (8, range(8, 9), range(8, 9)),
+            (u64::MAX / PAGE_BYTES, range(8, 30), range(8, 30)),
+        ] {
+            assert_eq!(up_to_multiple(whole, bytes * PAGE_BYTES), piece);
+        }
     }
 
     #[test]
