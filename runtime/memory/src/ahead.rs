@@ -10,10 +10,14 @@
 //! flags, which madvise(2) and mlock(2) may have changed in between: so smaps is read once more when the dump is
 //! complete, while the target restores, and the dump is good only if it still holds. A process that is seen to change
 //! flags between two readings is left alone from then on.
+//!
+//! While the kernel looks at the pages of a mapping the process can map nothing, so a reading that took long is not
+//! repeated as long as maps is the same.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use godwit_sys::SysError;
 
@@ -108,9 +112,29 @@ pub struct Ahead {
 
 #[derive(Debug, Default)]
 struct Read {
-    mappings: BTreeMap<i32, Mappings>,
+    mappings: BTreeMap<i32, Reading>,
     /// Processes that change the flags of their mappings.
     changing: BTreeSet<i32>,
+}
+
+/// The mappings of a process, and what it took to read them.
+#[derive(Debug, Clone)]
+struct Reading {
+    mappings: Mappings,
+    took: Duration,
+}
+
+impl Reading {
+    /// Reads them, unless the reading `before` took long and is as good.
+    fn of(pid: i32, before: Option<&Self>) -> Result<Self> {
+        if let Some(before) = before.filter(|before| before.took > OFTEN_MAX)
+            && before.mappings.is_current(pid)?
+        {
+            return Ok(before.clone());
+        }
+        let begin = Instant::now();
+        Ok(Self { mappings: Mappings::read(pid)?, took: begin.elapsed() })
+    }
 }
 
 impl Ahead {
@@ -118,18 +142,22 @@ impl Ahead {
     ///
     /// A process that has ended is left out, as is one that cannot be read: whoever dumps it will say why.
     pub fn read(&self, processes: &[i32]) {
-        let read = |pid: &i32| match Mappings::read(*pid) {
-            Ok(mappings) => Some((*pid, mappings)),
+        let before = self.lock().mappings.clone();
+        let read = |pid: &i32| match Reading::of(*pid, before.get(pid)) {
+            Ok(reading) => Some((*pid, reading)),
             Err(MemoryError::Sys(SysError::NoProcess { .. })) => None,
             Err(error) => {
                 log::debug!("mappings of process {pid} are not read ahead: {error}");
                 None
             }
         };
-        let now: BTreeMap<i32, Mappings> = processes.iter().filter_map(read).collect();
+        let now: BTreeMap<i32, Reading> = processes.iter().filter_map(read).collect();
         let mut known = self.lock();
-        let changes = |(pid, mappings): (&i32, &Mappings)| {
-            known.mappings.get(pid).is_some_and(|before| before.flags_differ(mappings)).then_some(*pid)
+        let changes = |(pid, reading): (&i32, &Reading)| {
+            before
+                .get(pid)
+                .is_some_and(|before| before.mappings.flags_differ(&reading.mappings))
+                .then_some(*pid)
         };
         let changing: Vec<i32> = now.iter().filter_map(changes).collect();
         known.changing.extend(changing);
@@ -140,7 +168,8 @@ impl Ahead {
     #[must_use]
     pub fn of(&self, pid: i32) -> Option<Mappings> {
         let known = self.lock();
-        known.mappings.get(&pid).filter(|_| !known.changing.contains(&pid)).cloned()
+        let reading = known.mappings.get(&pid).filter(|_| !known.changing.contains(&pid))?;
+        Some(reading.mappings.clone())
     }
 
     fn lock(&self) -> MutexGuard<'_, Read> {
@@ -150,6 +179,8 @@ impl Ahead {
 }
 
 const FLAGS: &[u8] = b"VmFlags:";
+/// What a program may be kept from mapping memory for again and again.
+const OFTEN_MAX: Duration = Duration::from_millis(3);
 
 #[cfg(test)]
 mod tests {
@@ -221,6 +252,23 @@ mod tests {
         assert!(known.flags_differ(&now("me ac", "me ac dc")));
         assert!(!known.flags_differ(&now("me ac", "me ac uw")));
         assert!(!known.flags_differ(&now("7f00-7f10", "7f00-7f20")), "another mapping");
+    }
+
+    #[test]
+    fn a_reading_that_took_long_is_repeated_only_if_the_mappings_are_others() {
+        let (sleeper, other) = (Sleeper::start(), Sleeper::start());
+        let told = |took| Reading { mappings: Mappings::of_smaps(SMAPS.as_bytes()), took };
+        let real = Reading { took: OFTEN_MAX * 2, ..Reading::of(sleeper.pid(), None).unwrap() };
+        let again = |before: &Reading| Reading::of(sleeper.pid(), Some(before)).unwrap();
+        assert_eq!(again(&real).took, real.took, "it was not read");
+        assert_ne!(
+            again(&Reading { took: Duration::ZERO, ..real.clone() }).took,
+            Duration::ZERO,
+            "it was read"
+        );
+        assert_eq!(again(&told(OFTEN_MAX * 2)).mappings, real.mappings, "other mappings");
+        assert!(Reading::of(other.pid(), Some(&real)).unwrap().mappings.is_current(other.pid()).unwrap());
+        Reading::of(i32::MAX, Some(&real)).unwrap_err();
     }
 
     #[test]
