@@ -15,6 +15,7 @@ use godwit_protocol::{Mode, Phase};
 use nix::sys::signal::Signal;
 
 use super::claim::{PATIENCE, answer, assert_stayed, assert_threads, move_by, move_with, start};
+use super::stops::is_held_by_criu;
 use super::storm::{Counts, Storm};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -114,7 +115,8 @@ pub(super) fn fails_in_the_freeze(stage: &Stage, site: &Site, worker: &str) -> O
     let slow = Shaped::link(stage, SLOW)?;
     let mut job = start(&stage.a, container.id(), &stage.b.host(), Mode::Native, &[])?;
     await_phase(&mut job, "it is frozen", || {
-        freezer_state(&container).is_ok_and(|state| ["FROZEN", "1"].contains(&state.as_str()))
+        is_held_by_criu(pid)
+            || freezer_state(&container).is_ok_and(|state| ["FROZEN", "1"].contains(&state.as_str()))
     })?;
     kill(site, &["godwit", worker, container.id()])?;
     answer(job)?.failed()?;

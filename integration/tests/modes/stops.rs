@@ -145,6 +145,11 @@ fn tasks_of(container: &Container<'_>) -> Result<Vec<String>, Trouble> {
     Ok(tasks)
 }
 
+/// Tells whether CRIU holds a process. It thaws the cgroup then, which is frozen for some milliseconds only.
+pub(super) fn is_held_by_criu(pid: u32) -> bool {
+    State::of(&format!("/proc/{pid}")) == State::HeldByCriu
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// Or ended, or asleep.
