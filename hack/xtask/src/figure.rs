@@ -67,12 +67,13 @@ impl Figure {
             });
             let seen = ["downtime_ms", "observed_downtime_ms", "total_ms", "fill_ms", "goodput_mbit_per_s"];
             let seen = seen.into_iter().chain(["pages_written_in_1_s", "pages_written_in_5_s"]);
-            let seen = seen.chain(["run_latency_ms", "rss_kib"]);
+            let seen = seen.chain(["run_latency_ms", "rss_kib", "alone_pages_per_s", "followed_pages_per_s"]);
             let seen = seen.filter_map(|name| Some(format!("{name} {:.1}", row.get(name)?.as_f64()?)));
             println!("{}", shown.chain(seen).collect::<Vec<_>>().join(", "));
             self.rows.push(row);
         }
-        self.write_csv()
+        fs::create_dir_all(&self.dir)?;
+        Ok(fs::write(self.path("csv"), self.csv())?)
     }
 
     /// The spread of the column `value` over the rows that have it and all of `wanted`.
@@ -95,12 +96,11 @@ impl Figure {
         Ok(())
     }
 
-    /// Writes `DIR/NAME.json`, `.csv` and `.svg`.
+    /// Writes `DIR/NAME.json` and `.svg`; the CSV is there.
     ///
     /// # Errors
     /// If a file cannot be written, or there is nothing to draw.
     pub(crate) fn write(&self, drawing: &Drawing) -> Result<()> {
-        self.write_csv()?;
         fs::write(self.path("json"), serde_json::to_string_pretty(self)? + "\n")?;
         drawing.write(&self.path("svg"), &self.name)?;
         println!("wrote {}, .csv and .svg", self.path("json").display());
@@ -112,13 +112,7 @@ impl Figure {
     /// # Errors
     /// As [`Figure::write`].
     pub(crate) fn draw(&self, what: &str, drawing: &Drawing) -> Result<()> {
-        fs::create_dir_all(&self.dir)?;
         drawing.write(&self.dir.join(format!("{}-{what}.svg", self.name)), &format!("{} {what}", self.name))
-    }
-
-    fn write_csv(&self) -> Result<()> {
-        fs::create_dir_all(&self.dir)?;
-        Ok(fs::write(self.path("csv"), self.csv())?)
     }
 
     fn path(&self, extension: &str) -> PathBuf {

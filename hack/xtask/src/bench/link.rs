@@ -10,7 +10,7 @@ use godwit_integration::process::wait_until;
 use serde_json::{Value, json};
 
 use super::stage::{Load, Stage, merged};
-use super::{Arguments, note_versions};
+use super::{Arguments, PAGE_BITS, note_versions};
 use crate::Result;
 use crate::draw::{Bar, Drawing};
 use crate::figure::Figure;
@@ -109,4 +109,3 @@ fn sum_up(figure: &mut Figure, streams: &[u8]) -> Result<Vec<Bar>> {
 const GODWIT: &str = "godwit";
 const IPERF: &str = "iperf3";
 const IPERF_PORT: u16 = 5201;
-const PAGE_BITS: f64 = 4096.0 * 8.0;

@@ -103,6 +103,8 @@ fn note_versions(figure: &mut Figure, version: Version) -> Result<()> {
     Ok(())
 }
 
+/// Of the contents of a page.
+const PAGE_BITS: f64 = 4096.0 * 8.0;
 /// containerd's own shim, with runc.
 const RUNC: &str = "io.containerd.runc.v2";
 /// The shim under test.

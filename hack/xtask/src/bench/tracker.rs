@@ -19,7 +19,7 @@ use godwit_memory::tracker::{Collection, DirtyTracker, WpAsyncTracker};
 use serde_json::{Value, json};
 
 use super::stage::{merged, ms};
-use super::{Arguments, note_versions};
+use super::{Arguments, PAGE_BITS, note_versions};
 use crate::Result;
 use crate::draw::{Bar, Drawing};
 use crate::figure::Figure;
@@ -251,7 +251,6 @@ const TURNS: [u32; 4] = [0, 2_000, 10_000, 100_000];
 const TICKS_PER_S: f64 = 100.0;
 /// A slow link of today, and about what two ends on one machine come to.
 const LINKS: [Link; 2] = [Link { name: "1gbit", bits_per_s: 1e9 }, Link { name: "10gbit", bits_per_s: 10e9 }];
-const PAGE_BITS: f64 = 4096.0 * 8.0;
 /// A program is followed for so long, and to the end of a round.
 const WINDOW: Duration = Duration::from_secs(4);
 /// What a round takes with nothing to send.
